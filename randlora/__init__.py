@@ -1,0 +1,20 @@
+"""RandLoRA: fine-tuning with full-rank updates at the parameter count of LoRA."""
+
+from randlora import functional, reference
+from randlora.bases import BasisBank
+from randlora.diagnostics import rank_report, summary
+from randlora.injection import adapter_parameters, inject
+from randlora.layers import RandLoRALinear
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BasisBank",
+    "RandLoRALinear",
+    "adapter_parameters",
+    "functional",
+    "inject",
+    "rank_report",
+    "reference",
+    "summary",
+]

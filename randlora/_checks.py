@@ -1,0 +1,35 @@
+"""Checks of arguments: each error names the argument, what came and what was needed."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, SupportsFloat
+
+
+def as_int(name: str, value: Any) -> int:
+    """``value`` as an int, if it is a whole number of an integer type and no bool."""
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
+
+
+def as_positive_int(name: str, value: Any) -> int:
+    """``value`` as an int of at least 1."""
+    number = as_int(name, value)
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
+
+
+def as_real(name: str, value: Any) -> float:
+    """``value`` as a finite float, if it is a real number and no bool or string."""
+    if isinstance(value, bool | str | bytes) or not isinstance(value, SupportsFloat):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number

@@ -1,0 +1,408 @@
+"""The shared random bases: the only owner of randomness in the package.
+
+Format, version 1 (the golden hashes in the tests pin it). Row ``i`` of a base is the stream of one
+Philox4x64-10 generator with
+
+    key     = (seed, version << 32 | base << 16 | distribution)    base: 0 for A, 1 for B
+    counter = (0, i, 0, 0)
+
+read from the low bits of each 64-bit word upwards, one field for each column:
+
+    uniform   32 bits   u >> 8 = k        (2k + 1 - 2^24) / 2^24 · √3
+    normal    16 bits   u      = k        the midpoint quantile Φ⁻¹((k + 1/2) / 2^16), normalised
+    binary     1 bit    u                 2u - 1
+    ternary   32 bits   t = ⌊2^32 / s⌋    +1 if u < t, -1 if t ≤ u < 2t, else 0; times √(2^31 / t)
+
+All have zero mean and unit variance by construction, not by a sample's statistics. So an entry is
+a function of (version, seed, kind, sparsity, row, column) alone: the leading block of a larger base
+is the smaller base, whatever is adapted, in which order, on which device and in which dtype.
+
+**Pivots.** A small or very sparse draw of ±1 and 0 may well be singular (half of all 2 × 2 sign
+matrices are), and then ΔW is not of full rank. So the first diagonal entries of a sign base are not
+left to chance: going down the diagonal, an entry that makes the leading minor of that order zero
+(modulo the prime 524287) is changed, a 0 to 1 and a ±1 to its opposite. The minor is an affine
+function of that entry with the previous minor as its slope, so it is then not zero. Hence every
+block ``B[:q, :m]`` with ``min(q, m)`` up to :func:`pivots` has full rank with certainty, and larger
+ones all but surely. The rule looks at nothing but the leading block, so prefixes stay prefixes.
+
+``A`` is dense and continuous whatever the kind: a zero column of ``A`` is a zero column of ΔW.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from randlora._checks import as_int, as_positive_int, as_real
+
+__all__ = ["KINDS", "BasisBank", "Operator"]
+
+FORMAT_VERSION: Final = 1
+_PRIME: Final = 524287  # 2^19 - 1: a sum of 2^14 products of residues is exact in float64
+_ROWS: Final = 256  # rows generated, or columns cast, at a time: bounds the transient memory
+_BASE_A: Final = 0
+_BASE_B: Final = 1
+
+Words = npt.NDArray[np.uint64]
+Values = npt.NDArray[Any]
+
+
+# --- distributions: raw bits to entries ----------------------------------------------------------
+
+
+def _uniform(words: Words, _: float) -> Values:
+    # 2k + 1 - 2^24 is an odd integer of 24 bits: exact in float32, symmetric, never zero.
+    k = (_fields(words, "<u4") >> 8).astype(np.int32)
+    return (2 * k + (1 - 2**24)).astype(np.float32) * np.float32(math.sqrt(3.0) / 2**24)
+
+
+def _normal(words: Words, _: float) -> Values:
+    return np.take(_normal_quantiles(), _fields(words, "<u2"))
+
+
+def _binary(words: Words, _: float) -> Values:
+    bits = np.unpackbits(_fields(words, "u1"), axis=-1, bitorder="little")
+    return 2 * bits.astype(np.int8) - 1
+
+
+def _ternary(words: Words, sparsity: float) -> Values:
+    u = _fields(words, "<u4")
+    t = np.uint32(_threshold(sparsity))
+    return (u < t).astype(np.int8) - (u - t < t).astype(np.int8)  # u - t wraps around, as it should
+
+
+def _fields(words: Words, dtype: str) -> npt.NDArray[Any]:
+    fields: npt.NDArray[Any] = words.astype("<u8", copy=False).view(dtype)
+    return fields
+
+
+def _threshold(sparsity: float) -> int:
+    return math.floor(2**32 / sparsity)
+
+
+@lru_cache(maxsize=1)
+def _normal_quantiles() -> npt.NDArray[np.float32]:
+    """The 2^16 midpoint quantiles of N(0, 1), scaled to a mean square of one.
+
+    A table, and not Box-Muller, because its 2^15 values are rounded to float32 once: a last-digit
+    difference between two platforms' logarithms does not reach the entries.
+    """
+    normal = NormalDist()
+    upper = [normal.inv_cdf(0.5 + (k + 0.5) / 2**16) for k in range(2**15)]
+    rms = math.sqrt(math.fsum(z * z for z in upper) / 2**15)
+    half = np.array([z / rms for z in upper], dtype=np.float32)
+    return np.concatenate([-half[::-1], half])
+
+
+@dataclass(frozen=True)
+class _Distribution:
+    """How the entries of a base are drawn: ``code`` names it in the stream's key."""
+
+    code: int
+    bits: int
+    decode: Callable[[Words, float], Values]
+    signs: bool
+
+    def scale(self, sparsity: float) -> float:
+        """The magnitude of a sign entry, as the float32 number that an entry is; 1 otherwise."""
+        if self.decode is not _ternary:
+            return 1.0
+        return float(np.float32(math.sqrt(2**31 / _threshold(sparsity))))
+
+
+_UNIFORM = _Distribution(0, 32, _uniform, signs=False)
+_NORMAL = _Distribution(1, 16, _normal, signs=False)
+_BINARY = _Distribution(2, 1, _binary, signs=True)
+_TERNARY = _Distribution(3, 32, _ternary, signs=True)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A name users know: what ``B`` and ``A`` are drawn from, and the sparsity if none is given."""
+
+    b: _Distribution
+    a: _Distribution = _UNIFORM
+    sparsity: float | None = None
+
+
+KINDS: Final[dict[str, _Kind]] = {
+    "dense": _Kind(_UNIFORM),
+    "normal": _Kind(_NORMAL, a=_NORMAL),
+    "binary": _Kind(_BINARY),
+    "sparse": _Kind(_TERNARY, sparsity=6.0),
+    # √q of the largest target: `inject` knows it and says so; a bank made by hand assumes q = 1024.
+    "very_sparse": _Kind(_TERNARY, sparsity=32.0),
+}
+
+
+def _draw(
+    base: int, law: _Distribution, seed: int, sparsity: float, rows: range, columns: int
+) -> Values:
+    """Entries of the given rows, shape ``(len(rows), columns)``, before the pivots."""
+    words = -(-columns * law.bits // 64)
+    raw = np.empty((len(rows), words), dtype=np.uint64)
+    key = np.array([seed, FORMAT_VERSION << 32 | base << 16 | law.code], dtype=np.uint64)
+    for slot, row in enumerate(rows):
+        counter = np.array([0, row, 0, 0], dtype=np.uint64)
+        raw[slot] = np.random.Philox(key=key, counter=counter).random_raw(words)
+    return law.decode(raw, sparsity)[:, :columns]
+
+
+def pivots(sparsity: float) -> int:
+    """How far down the diagonal of a sign base the minors are made sure of.
+
+    A square draw of order ``k`` is singular mostly for an empty column, with a probability of about
+    ``k (1 - 2/s)^k``, or, if nearly dense, for two equal ones, ``k² 2^-k``. From ``max(64, 16 s)``
+    on the first is below ``2e-13 s`` and the second below ``3e-16``.
+    """
+    return max(64, math.ceil(16 * sparsity))
+
+
+def _set_pivots(signs: npt.NDArray[np.int8]) -> None:
+    """Change diagonal entries of a square block in place until no leading minor is zero.
+
+    Gaussian elimination without row exchanges modulo a prime, in blocks so that most of the work is
+    one matrix product: where a pivot is zero, adding ``δ`` to the entry adds ``δ`` to the pivot.
+    """
+    size, width = len(signs), 64
+    s = signs.astype(np.float64)
+    for lo in range(0, size, width):
+        hi = min(lo + width, size)
+        for k in range(lo, hi):
+            if s[k, k] % _PRIME == 0:
+                new = -signs[k, k] if signs[k, k] else 1
+                s[k, k] += new - signs[k, k]
+                signs[k, k] = new
+            inverse = pow(int(s[k, k]) % _PRIME, -1, _PRIME)
+            s[k + 1 :, k] = s[k + 1 :, k] * inverse % _PRIME
+            column = s[k + 1 :, k : k + 1]
+            s[k + 1 :, k + 1 : hi] = (s[k + 1 :, k + 1 : hi] - column * s[k, k + 1 : hi]) % _PRIME
+            s[k + 1 : hi, hi:] = (s[k + 1 : hi, hi:] - column[: hi - k - 1] * s[k, hi:]) % _PRIME
+        s[hi:, hi:] = (s[hi:, hi:] - s[hi:, lo:hi] @ s[lo:hi, hi:]) % _PRIME
+
+
+# --- operators: how the kernel meets B -----------------------------------------------------------
+
+
+class Operator(Protocol):
+    """``B``, shape ``(q, m)``, as the kernel meets it: known by its products alone."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(q, m)``."""
+        ...
+
+    def mm(self, c: Tensor) -> Tensor:
+        """``B c``: ``(m, k)`` to ``(q, k)``, in the dtype of ``c``."""
+        ...
+
+    def tmm(self, g: Tensor) -> Tensor:
+        """``Bᵀ g``: ``(q, k)`` to ``(m, k)``, in the dtype of ``g``."""
+        ...
+
+
+class DenseOperator:
+    """A ``B`` stored in the dtype it is applied in."""
+
+    def __init__(self, entries: Tensor) -> None:
+        self.entries = entries
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        q, m = self.entries.shape
+        return q, m
+
+    def mm(self, c: Tensor) -> Tensor:
+        return self.entries @ c
+
+    def tmm(self, g: Tensor) -> Tensor:
+        return self.entries.T @ g
+
+
+class SignOperator:
+    """A ``B`` of one magnitude, stored as int8 signs and cast a slice of columns at a time."""
+
+    def __init__(self, signs: Tensor, scale: float) -> None:
+        self.signs = signs
+        self.scale = scale
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        q, m = self.signs.shape
+        return q, m
+
+    def mm(self, c: Tensor) -> Tensor:
+        c = c * self.scale
+        total = c.new_zeros(self.signs.shape[0], c.shape[1])
+        slices = torch.split(self.signs, _ROWS, 1)
+        for signs, rows in zip(slices, torch.split(c, _ROWS), strict=True):
+            total = torch.addmm(total, signs.to(c.dtype), rows)
+        return total
+
+    def tmm(self, g: Tensor) -> Tensor:
+        slices = torch.split(self.signs, _ROWS, 1)
+        return torch.cat([signs.to(g.dtype).T @ g for signs in slices]) * self.scale
+
+
+# --- the bank ------------------------------------------------------------------------------------
+
+
+class BasisBank:
+    """The frozen random bases ``A`` and ``B`` that all adapted layers of a model share.
+
+    A bank is a recipe; its tensors are a cache, one for each device (and, for continuous kinds,
+    dtype), drawn for the largest sizes that were reserved as soon as a layer needs them there. It
+    is therefore no module and holds no parameters or buffers: it appears in no ``state_dict``, a
+    copy of it is itself, a pickle holds only the recipe, and after ``to`` or ``to_empty`` it is
+    drawn again.
+
+    Args:
+        kind: one of
+
+            ============  =====================================================  ================
+            kind          entries of ``B`` (all have mean 0 and variance 1)      stored as
+            ============  =====================================================  ================
+            dense         uniform; the best in the paper (table 3)               compute dtype
+            normal        normal                                                 compute dtype
+            binary        ±1                                                     int8
+            sparse        ±√(s/2) with probability 1/s each, else 0; s = 6       int8
+            very_sparse   the same with s = 32, or √q of the largest layer       int8
+                          where ``inject`` makes the bank (paper, section 6.4)
+            ============  =====================================================  ================
+
+        seed: an integer in ``[0, 2**64)``.
+        sparsity: ``s`` for the two sparse kinds, a finite number of at least 2.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if the kind is unknown, the seed or sparsity out of range, or a sparsity given
+            for a kind that has none.
+    """
+
+    def __init__(
+        self, kind: str = "dense", *, seed: int = 0, sparsity: float | None = None
+    ) -> None:
+        if not isinstance(kind, str):
+            raise TypeError(f"kind must be a string, got {kind!r} of type {type(kind).__name__}")
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        seed = as_int("seed", seed)
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+        default = KINDS[kind].sparsity
+        if sparsity is not None:
+            sparsity = as_real("sparsity", sparsity)
+            if default is None:
+                raise ValueError(f"sparsity={sparsity:g} was given, but kind {kind!r} has none")
+            if not 2 <= sparsity <= 2**31:
+                raise ValueError(f"sparsity must be in [2, 2**31], got {sparsity:g}")
+        self.kind = kind
+        self.seed = seed
+        self.sparsity = default if sparsity is None else sparsity
+        self._sizes = [(0, 0), (0, 0)]  # reserved (rows, columns) of A and of B
+        self._stored: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+
+    def __repr__(self) -> str:
+        sparsity = "" if self.sparsity is None else f", sparsity={self.sparsity:g}"
+        return f"BasisBank({self.kind!r}, seed={self.seed}{sparsity})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BasisBank:
+        return self  # a value: copies of a model share its bank, and its memory
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stored": {}}
+
+    # shape: -> (r, p)
+    def a(self, r: int, p: int) -> Tensor:
+        """The shared base ``A`` as a new float32 tensor of shape ``(r, p)`` on the CPU."""
+        return self._generate(_BASE_A, *_size(r=r, p=p), torch.device("cpu"), torch.float32)
+
+    # shape: -> (q, m)
+    def b(self, q: int, m: int) -> Tensor:
+        """The bases ``B_j`` side by side as a new float32 tensor of shape ``(q, m)`` on the CPU."""
+        entries = self._generate(_BASE_B, *_size(q=q, m=m), torch.device("cpu"), torch.float32)
+        return entries.float().mul_(self._scale) if self._signs else entries
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of bases held at the moment, on all devices."""
+        return sum(t.untyped_storage().nbytes() for t in self._stored.values())
+
+    def reserve(self, r: int, p: int, q: int, m: int) -> None:
+        """Announce that a layer will use ``A[:r, :p]`` and ``B[:q, :m]``; allocates nothing."""
+        for base, size in enumerate([_size(r=r, p=p), _size(q=q, m=m)]):
+            self._sizes[base] = _larger(self._sizes[base], size)
+
+    def operands(
+        self, r: int, p: int, q: int, m: int, *, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Operator]:
+        """``A[:r, :p]`` and ``B[:q, :m]`` for computing in ``dtype`` on ``device``.
+
+        Both are views of the stored bases, which are drawn now if they are not there or too small.
+        """
+        a = self._hold(_BASE_A, r, p, device, dtype)
+        if self._signs:
+            return a, SignOperator(self._hold(_BASE_B, q, m, device, torch.int8), self._scale)
+        return a, DenseOperator(self._hold(_BASE_B, q, m, device, dtype))
+
+    def release(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Free what is stored on ``device``, of ``dtype`` if given; it can be drawn again."""
+        for key in list(self._stored):
+            if key[1] == device and dtype in (None, key[2]):
+                del self._stored[key]
+
+    @property
+    def _signs(self) -> bool:
+        return KINDS[self.kind].b.signs
+
+    @property
+    def _scale(self) -> float:
+        return KINDS[self.kind].b.scale(self.sparsity or 2.0)
+
+    def _hold(
+        self, base: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        held = self._stored.get((base, device, dtype))
+        if held is None or held.shape[0] < rows or held.shape[1] < columns:
+            self._stored.pop((base, device, dtype), None)
+            del held  # free the smaller one first: both at once would double the peak
+            size = self._sizes[base] = _larger(self._sizes[base], (rows, columns))
+            with torch.inference_mode(False):  # it outlives the call that happens to need it
+                held = self._generate(base, *size, device, dtype)
+            self._stored[base, device, dtype] = held
+        return held[:rows, :columns]
+
+    def _generate(
+        self, base: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        kind, sparsity = KINDS[self.kind], self.sparsity or 2.0
+        law = kind.b if base == _BASE_B else kind.a
+        out = torch.empty(rows, columns, device=device, dtype=torch.int8 if law.signs else dtype)
+        for lo in range(0, rows, _ROWS):
+            part = range(lo, min(lo + _ROWS, rows))
+            entries = _draw(base, law, self.seed, sparsity, part, columns)
+            out[lo : part.stop].copy_(torch.from_numpy(entries))
+        if law.signs:
+            size = min(rows, columns, pivots(sparsity))
+            corner = out[:size, :size].cpu()
+            _set_pivots(corner.numpy())
+            out[:size, :size].copy_(corner)
+        return out
+
+
+def _size(**sides: int) -> tuple[int, int]:
+    rows, columns = (as_positive_int(name, value) for name, value in sides.items())
+    return rows, columns
+
+
+def _larger(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    return max(one[0], other[0]), max(one[1], other[1])

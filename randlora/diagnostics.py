@@ -1,0 +1,194 @@
+"""Read-only views of an adapted model: what is trained, and of which rank the updates are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from randlora.bases import BasisBank
+from randlora.injection import adapter_parameters
+from randlora.layers import RandLoRALinear
+
+__all__ = ["LayerRank", "LayerSummary", "RankReport", "Summary", "rank_report", "summary"]
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One adapted layer: its name, sizes and what of it is trained.
+
+    ``asked_rank`` is larger than ``rank`` where ``inject`` lowered it to ``min(out, in)``.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int
+    asked_rank: int
+    num_bases: int
+    scaling: float
+    trained: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What :func:`summary` found; a table when printed."""
+
+    layers: tuple[LayerSummary, ...]
+    banks: tuple[BasisBank, ...]
+    bank_bytes: int
+    trained: int
+    total: int
+
+    @property
+    def percentage(self) -> float:
+        """Trained parameters per hundred of all."""
+        return 100 * self.trained / self.total
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                layer.name or "(model)",
+                f"{layer.out_features} x {layer.in_features}",
+                str(layer.rank) + f" (of {layer.asked_rank})" * (layer.rank < layer.asked_rank),
+                str(layer.num_bases),
+                f"{layer.scaling:g}",
+                f"{layer.trained:,}",
+            )
+            for layer in self.layers
+        ]
+        table = _table(("layer", "out x in", "rank", "bases", "scaling", "trained"), rows)
+        banks = ", ".join(map(repr, self.banks))
+        return (
+            f"{table}\n{banks}: {self.bank_bytes / 2**20:.2f} MiB for {len(self.layers)} layers\n"
+            f"trained {self.trained:,} of {self.total:,} parameters ({self.percentage:.2f} %)"
+        )
+
+
+@dataclass(frozen=True)
+class LayerRank:
+    """The singular values of one ``ΔW``, in float64 and falling, and what they say of its rank.
+
+    ``rank`` counts the values above ``max(out, in) · eps · σ_1``. ``stable_rank`` is
+    ``‖ΔW‖_F² / σ_1²``. ``effective_rank`` is the exponential of the entropy of ``σ / Σ σ`` (Roy and
+    Vetterli, 2007). All are 0 for ``ΔW = 0``.
+    """
+
+    name: str
+    full_rank: int
+    rank: int
+    stable_rank: float
+    effective_rank: float
+    singular_values: Tensor
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What :func:`rank_report` found, layer by layer; a table when printed."""
+
+    layers: tuple[LayerRank, ...]
+
+    def __iter__(self) -> Iterator[LayerRank]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                layer.name or "(model)",
+                f"{layer.rank} of {layer.full_rank}",
+                f"{layer.stable_rank:.1f}",
+                f"{layer.effective_rank:.1f}",
+                f"{layer.singular_values[0]:.2e}",
+                f"{layer.singular_values[-1]:.2e}",
+            )
+            for layer in self.layers
+        ]
+        header = ("layer", "rank", "stable rank", "effective rank", "largest", "smallest")
+        return _table(header, rows)
+
+
+def summary(model: nn.Module) -> Summary:
+    """Describe what is adapted in ``model`` and what training it takes.
+
+    Returns:
+        A table when printed, data when read: a :class:`LayerSummary` for each adapted layer, the
+        banks and their bytes, the numbers of trained and of all parameters.
+
+    Raises:
+        ValueError: if no layer of ``model`` is adapted.
+    """
+    layers = _adapted(model)
+    banks = {id(layer.bank): layer.bank for layer in layers.values()}
+    return Summary(
+        layers=tuple(
+            LayerSummary(
+                name=name,
+                out_features=layer.out_features,
+                in_features=layer.in_features,
+                rank=layer.rank,
+                asked_rank=layer.asked_rank,
+                num_bases=layer.num_bases,
+                scaling=layer.scaling,
+                trained=layer.randlora_lambda.numel() + layer.randlora_gamma.numel(),
+            )
+            for name, layer in layers.items()
+        ),
+        banks=tuple(banks.values()),
+        bank_bytes=sum(bank.nbytes for bank in banks.values()),
+        trained=sum(p.numel() for p in adapter_parameters(model)),
+        total=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def rank_report(model: nn.Module) -> RankReport:
+    """Compute the singular values of every ``ΔW`` of ``model`` in float64, and its ranks.
+
+    It takes a singular value decomposition for each layer: seconds for some thousand columns.
+
+    Returns:
+        A table when printed, a sequence of :class:`LayerRank` when read.
+
+    Raises:
+        ValueError: if no layer of ``model`` is adapted.
+    """
+    return RankReport(tuple(_layer_rank(name, layer) for name, layer in _adapted(model).items()))
+
+
+@torch.no_grad()
+def _layer_rank(name: str, layer: RandLoRALinear) -> LayerRank:
+    sigma = torch.linalg.svdvals(layer.delta_weight(torch.float64))
+    if sigma[0] == 0:
+        return LayerRank(name, len(sigma), 0, 0.0, 0.0, sigma)
+    tolerance = max(layer.out_features, layer.in_features) * torch.finfo(sigma.dtype).eps * sigma[0]
+    share = sigma / sigma.sum()
+    return LayerRank(
+        name=name,
+        full_rank=len(sigma),
+        rank=int((sigma > tolerance).sum()),
+        stable_rank=float(sigma.square().sum() / sigma[0].square()),
+        effective_rank=math.exp(float(torch.special.entr(share).sum())),
+        singular_values=sigma,
+    )
+
+
+def _adapted(model: nn.Module) -> dict[str, RandLoRALinear]:
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, RandLoRALinear)}
+    if not layers:
+        raise ValueError("model must be adapted, but it has no RandLoRALinear; see randlora.inject")
+    return layers
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for row in (header, tuple("-" * width for width in widths), *rows):
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)

@@ -1,0 +1,223 @@
+"""The kernel against the oracle and against finite differences, in float64."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from randlora import BasisBank, reference
+from randlora.functional import delta_weight, randlora_linear
+from tests import cases
+from tests.cases import assert_close, case
+
+# Some hundred roundings of float64, relative to the sum of the magnitudes of what is added up.
+EXACT = 1e-13
+MASKS = {k: list(itertools.product([False, True], repeat=k)) for k in (2, 5)}
+SHAPES = {"tall": (7, 5, 2), "wide": (4, 6, 3), "square": (5, 5, 2), "one": (1, 1, 1)}
+
+
+def run(fn, bases, leaves, probe):
+    """The value of ``fn`` and the gradients of its product with the probe."""
+    leaves = [t.detach().clone().requires_grad_() for t in leaves]
+    y = fn(*bases, *leaves)
+    return [y.detach(), *torch.autograd.grad((y * probe).sum(), leaves)]
+
+
+def agree(c, fast, slow, leaves):
+    """``fast`` with the operators of the case is ``slow``, its oracle, with the dense bases."""
+    probe = torch.randn(slow(*c.bases(), *leaves).shape, dtype=torch.float64)
+    got = run(fast, c.operands(), leaves, probe)
+    want = run(slow, c.bases(), leaves, probe)
+    sizes = run(slow, [t.abs() for t in c.bases()], [t.abs() for t in leaves], probe.abs())
+    for one, other, size in zip(got, want, sizes, strict=True):
+        assert_close(one, other, EXACT, size)
+
+
+@given(cases.cases())
+def test_delta_weight_and_its_gradients_are_the_oracle_s(c):
+    def fast(a, b, lam, gamma):
+        return delta_weight(lam, gamma, a, b, scaling=c.scaling, wide=c.wide)
+
+    def slow(a, b, lam, gamma):
+        return reference.delta_weight(a, b, lam, gamma, scaling=c.scaling, wide=c.wide)
+
+    agree(c, fast, slow, [c.lam, c.gamma])
+
+
+@given(cases.cases())
+def test_linear_and_all_its_gradients_are_the_oracle_s(c):
+    def fast(a, b, x, weight, bias, lam, gamma):
+        return randlora_linear(x, weight, bias, lam, gamma, a, b, scaling=c.scaling)
+
+    def slow(a, b, x, weight, bias, lam, gamma):
+        return reference.linear(x, weight, bias, a, b, lam, gamma, scaling=c.scaling)
+
+    agree(c, fast, slow, [c.x, c.weight, c.bias, c.lam, c.gamma])
+
+
+def linear_inputs(shape, mask, *, bias, kind="dense"):
+    out_features, in_features, r = SHAPES[shape]
+    n = -(-min(out_features, in_features) // r)
+    c = case(BasisBank(kind, seed=3), out_features, in_features, r, n, lead=(2, 3))
+    tensors = [c.x, c.weight, c.bias if bias else None, c.lam, c.gamma]
+    for tensor, needed in zip(tensors, mask, strict=True):
+        if tensor is not None:
+            tensor.requires_grad_(needed)
+    a, b = c.operands()
+    return (*tensors, a, b, c.scaling)
+
+
+def call(x, weight, bias, lam, gamma, a, b, scaling):
+    return randlora_linear(x, weight, bias, lam, gamma, a, b, scaling=scaling)
+
+
+@pytest.mark.parametrize("mask", MASKS[5], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_passes_gradcheck_for_every_mask(shape, mask):
+    if any(mask):
+        assert torch.autograd.gradcheck(call, linear_inputs(shape, mask, bias=True))
+    else:
+        assert not call(*linear_inputs(shape, mask, bias=True)).requires_grad
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize("shape", ["tall", "wide"])
+def test_linear_without_bias_passes_gradcheck_for_every_kind(shape, kind):
+    mask = [True, True, False, True, True]
+    assert torch.autograd.gradcheck(call, linear_inputs(shape, mask, bias=False, kind=kind))
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_can_be_differentiated_twice(shape, kind):
+    inputs = linear_inputs(shape, [True] * 5, bias=True, kind=kind)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("mask", MASKS[2], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_delta_weight_passes_gradcheck_for_every_mask(shape, mask):
+    _, _, _, lam, gamma, a, b, scaling = linear_inputs(shape, [False] * 3 + [*mask], bias=True)
+    out_features, in_features, _ = SHAPES[shape]
+
+    def fn(lam, gamma):
+        wide = out_features < in_features
+        return delta_weight(lam, gamma, a, b, scaling=scaling, wide=wide)
+
+    if any(mask):
+        assert torch.autograd.gradcheck(fn, (lam, gamma))
+        assert torch.autograd.gradgradcheck(fn, (lam, gamma))
+    else:
+        assert not fn(lam, gamma).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ([False, False, False, True, True], {"x", "lam", "gamma"}),
+        ([True, False, False, True, True], {"x", "weight", "lam", "gamma"}),
+        ([True, False, False, False, False], {"weight", "lam", "gamma"}),
+        ([False, False, True, False, False], {"lam", "gamma"}),
+    ],
+)
+def test_only_inputs_are_saved_and_only_the_needed_ones(mask, expected):
+    inputs = linear_inputs("tall", mask, bias=True)
+    pointers = [t.data_ptr() for t in inputs[:5]]
+    names = dict(zip(pointers, ["x", "weight", "bias", "lam", "gamma"], strict=True))
+    saved = set()
+
+    def pack(tensor):
+        saved.add(names.get(tensor.untyped_storage().data_ptr(), "something else"))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call(*inputs)
+    assert saved == expected
+
+
+@pytest.mark.parametrize("shape", ["tall", "wide"])
+@pytest.mark.parametrize("view", ["transposed", "expanded", "strided"])
+def test_inputs_and_gradients_need_not_be_contiguous(shape, view):
+    out_features, in_features, r = SHAPES[shape]
+    n = -(-min(out_features, in_features) // r)
+    c = case(BasisBank(seed=1), out_features, in_features, r, n, lead=(4, 6))
+    x = {
+        "transposed": c.x.transpose(0, 1),
+        "expanded": c.x[:1].expand(4, -1, -1),
+        "strided": c.x[:, ::2],
+    }[view]
+    assert not x.is_contiguous()
+    a, b = c.operands()
+    dense_a, dense_b = c.bases()
+    probe = torch.randn(out_features, *x.shape[:-1], dtype=torch.float64).movedim(0, -1)
+    assert not probe.is_contiguous()
+
+    def fast(x, lam):
+        return randlora_linear(x, c.weight, c.bias, lam, c.gamma, a, b)
+
+    def slow(x, lam):
+        return reference.linear(x, c.weight, c.bias, dense_a, dense_b, lam, c.gamma)
+
+    leaf = x.detach().requires_grad_()
+    lam = c.lam.clone().requires_grad_()
+    got = torch.autograd.grad((fast(leaf, lam) * probe).sum(), [leaf, lam])
+    want = torch.autograd.grad((slow(leaf, lam) * probe).sum(), [leaf, lam])
+    for one, other in zip(got, want, strict=True):
+        assert_close(one, other, EXACT)
+
+
+@pytest.mark.parametrize("shape", ["tall", "wide"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_follows_float64(shape, dtype):
+    """Values and gradients within a few roundings of the dtype, with float32 parameters."""
+    out_features, in_features, r = {"tall": (96, 64, 6), "wide": (64, 96, 6)}[shape]
+    n = -(-min(out_features, in_features) // r)
+    c = case(BasisBank("dense", seed=2), out_features, in_features, r, n, scaling=0.01)
+    low = [c.x.to(dtype), c.weight.to(dtype), c.bias.to(dtype), c.lam.float(), c.gamma.float()]
+
+    def fast(a, b, x, weight, bias, lam, gamma):
+        return randlora_linear(x, weight, bias, lam, gamma, a, b, scaling=c.scaling)
+
+    def slow(a, b, x, weight, bias, lam, gamma):
+        return reference.linear(x, weight, bias, a, b, lam, gamma, scaling=c.scaling)
+
+    probe = torch.randn(7, out_features, dtype=torch.float64).to(dtype)
+    got = run(fast, c.operands(dtype), low, probe)
+    want = run(slow, c.bases(), [t.double() for t in low], probe.double())
+    for value, leaf, exact in zip(got, [low[0], *low], want, strict=True):
+        assert value.dtype == leaf.dtype
+        # Inputs, bases, C, W0 + ΔW, P and the result are rounded: six times, in sums that cancel.
+        assert_close(value.double(), exact, 8 * torch.finfo(dtype).eps)
+
+
+@given(st.sampled_from(["tall", "wide"]), st.integers(0, 3))
+def test_no_tokens_give_zero_gradients(shape, extra):
+    out_features, in_features, r = SHAPES[shape]
+    n = -(-min(out_features, in_features) // r)
+    lead = (0,) + (2,) * extra
+    c = case(BasisBank(), out_features, in_features, r, n, lead=lead)
+    a, b = c.operands()
+    lam = c.lam.requires_grad_()
+    y = randlora_linear(c.x, c.weight, c.bias, lam, c.gamma, a, b)
+    assert y.shape == (*lead, out_features)
+    (grad,) = torch.autograd.grad(y.sum(), lam)
+    assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_mismatches_are_refused_by_name():
+    c = case(BasisBank(), 6, 4, 2, 2)
+    a, b = c.operands()
+    with pytest.raises(ValueError, match=r"gamma must have shape \(2, 4\).* got \(3, 4\)"):
+        delta_weight(c.lam, torch.zeros(3, 4).double(), a, b)
+    with pytest.raises(ValueError, match=r"a must have shape \(2, 4\).* got \(2, 3\)"):
+        delta_weight(c.lam, c.gamma, a[:, :3], b)
+    with pytest.raises(ValueError, match=r"b must have shape \(6, 2\).* got \(6, 4\)"):
+        delta_weight(c.lam[:1], c.gamma[:1], a, b)
+    with pytest.raises(ValueError, match=r"weight of shape \(7, 4\) does not fit"):
+        randlora_linear(c.x, torch.zeros(7, 4).double(), None, c.lam, c.gamma, a, b)
+    with pytest.raises(ValueError, match=r"input x must have shape \(\.\.\., 4\), got \(7, 3\)"):
+        randlora_linear(c.x[:, :3], c.weight, None, c.lam, c.gamma, a, b)
+    with pytest.raises(TypeError, match=r"input x must be a tensor of torch.float64, got .*32"):
+        randlora_linear(c.x.float(), c.weight, None, c.lam, c.gamma, a, b)
