@@ -171,7 +171,7 @@ class Method:
 
 
 METHODS = {
-    "head only": Method(head_only, (1e-2, 3e-2, 1e-1)),
+    "head only": Method(head_only, (3e-2, 1e-1, 3e-1)),
     "LoRA": Method(use_lora, (3e-3, 1e-2, 3e-2)),
     "RandLoRA": Method(use_randlora, (3e-3, 1e-2, 3e-2)),
     "full fine-tuning": Method(full, (1e-3, 3e-3, 1e-2)),

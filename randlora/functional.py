@@ -22,6 +22,7 @@ grow with the number of tokens; :class:`_Linear` is where another choice would b
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,14 +44,23 @@ def _khatri_rao(a: Tensor, lam: Tensor, gamma: Tensor, scaling: float) -> Tensor
 
 # shape: a (r, p), lam (n, r), gamma (n, p), g (q, p) -> (n, r), (n, p)
 def _parameter_grads(
-    a: Tensor, b: Operator, lam: Tensor, gamma: Tensor, g: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """``dΛ`` and ``dΓ`` from ``G``, summed in the wider dtype of the parameters and ``A``."""
+    a: Tensor,
+    b: Operator,
+    lam: Tensor,
+    gamma: Tensor,
+    g: Tensor,
+    scaling: float,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """``dΛ`` and ``dΓ``, as needed, from ``G``; summed in the wider dtype of ``Λ`` and ``A``."""
     wider = torch.promote_types(lam.dtype, a.dtype)
     pa = b.tmm(g).view(*lam.shape, -1).to(wider) * (scaling * a)  # (n, r, p)
-    d_lam = (pa @ gamma.to(wider).unsqueeze(2)).squeeze(2)
-    d_gamma = (lam.to(wider).unsqueeze(1) @ pa).squeeze(1)
-    return d_lam.to(lam.dtype), d_gamma.to(gamma.dtype)
+    d_lam = d_gamma = None
+    if needs[0]:
+        d_lam = (pa @ gamma.to(wider).unsqueeze(2)).squeeze(2).to(lam.dtype)
+    if needs[1]:
+        d_gamma = (lam.to(wider).unsqueeze(1) @ pa).squeeze(1).to(gamma.dtype)
+    return d_lam, d_gamma
 
 
 # shape: -> (out, in)
@@ -69,6 +79,20 @@ def _effective(
     return (weight + _update(a, b, lam, gamma, scaling, wide)).to(a.dtype)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast has matrix products computed in, or None where it is off."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def _autocast_off(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside a function the dtypes are chosen already, for backward as for forward."""
+    on = autocast_dtype(device) is not None
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
 class _DeltaWeight(torch.autograd.Function):
     """``Λ, Γ -> ΔW``, keeping only ``Λ`` and ``Γ`` for backward."""
 
@@ -76,7 +100,8 @@ class _DeltaWeight(torch.autograd.Function):
     def forward(
         lam: Tensor, gamma: Tensor, a: Tensor, b: Operator, scaling: float, wide: bool
     ) -> Tensor:
-        return _update(a, b, lam, gamma, scaling, wide)
+        with _autocast_off(lam.device):
+            return _update(a, b, lam, gamma, scaling, wide)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -87,10 +112,11 @@ class _DeltaWeight(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grads
         lam, gamma = ctx.saved_tensors
-        g = g.T if ctx.wide else g
-        d_lam, d_gamma = _parameter_grads(ctx.a, ctx.b, lam, gamma, g, ctx.scaling)
-        needs = ctx.needs_input_grad
-        return (d_lam if needs[0] else None, d_gamma if needs[1] else None, None, None, None, None)
+        with _autocast_off(g.device):
+            g = g.T if ctx.wide else g
+            needs = ctx.needs_input_grad[:2]
+            d_lam, d_gamma = _parameter_grads(ctx.a, ctx.b, lam, gamma, g, ctx.scaling, needs)
+        return d_lam, d_gamma, None, None, None, None
 
 
 class _Linear(torch.autograd.Function):
@@ -112,8 +138,9 @@ class _Linear(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         out_features, in_features = weight.shape
-        w = _effective(weight, a, b, lam, gamma, scaling, out_features < in_features)
-        return F.linear(x, w, bias if bias is None else bias.to(x.dtype))
+        with _autocast_off(x.device):
+            w = _effective(weight, a, b, lam, gamma, scaling, out_features < in_features)
+            return F.linear(x, w, bias if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -137,27 +164,20 @@ class _Linear(torch.autograd.Function):
 
         dx = d_weight = d_bias = d_lam = d_gamma = None
         rows = dy.reshape(-1, dy.shape[-1])  # (T, out)
-        if needs_x:
-            dx = dy @ _effective(weight, a, b, lam, gamma, scaling, ctx.wide)
-        if needs_bias:
-            d_bias = rows.sum(0)
-        if x is not None:
-            g = rows.T @ x.reshape(-1, x.shape[-1])  # (out, in)
-            if needs_weight:
-                d_weight = g
-            if needs_lam or needs_gamma:
-                g = g.T if ctx.wide else g
-                d_lam, d_gamma = _parameter_grads(a, b, lam, gamma, g, scaling)
-        return (
-            dx,
-            d_weight,
-            d_bias,
-            d_lam if needs_lam else None,
-            d_gamma if needs_gamma else None,
-            None,
-            None,
-            None,
-        )
+        with _autocast_off(dy.device):
+            if needs_x:
+                dx = dy @ _effective(weight, a, b, lam, gamma, scaling, ctx.wide)
+            if needs_bias:
+                d_bias = rows.sum(0)
+            if x is not None:
+                g = rows.T @ x.reshape(-1, x.shape[-1])  # (out, in)
+                if needs_weight:
+                    d_weight = g
+                if needs_lam or needs_gamma:
+                    needs = needs_lam, needs_gamma
+                    g = g.T if ctx.wide else g
+                    d_lam, d_gamma = _parameter_grads(a, b, lam, gamma, g, scaling, needs)
+        return dx, d_weight, d_bias, d_lam, d_gamma, None, None, None
 
 
 def delta_weight(

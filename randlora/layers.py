@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from randlora._checks import as_positive_int, as_real
 from randlora.bases import BasisBank, DenseOperator, Operator
-from randlora.functional import check_input, delta_weight, randlora_linear
+from randlora.functional import autocast_dtype, check_input, delta_weight, randlora_linear
 
 __all__ = ["RandLoRALinear", "Settings", "adapt_", "unsupported"]
 
@@ -175,10 +175,11 @@ class RandLoRALinear(nn.Linear):
             ValueError: if the last dimension of ``x`` is not ``in_features``.
         """
         weight, bias = self.base_weight, self.bias
-        dtype = weight.dtype
-        if isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type):
-            dtype = torch.get_autocast_dtype(input.device.type)
-            input = input.to(dtype) if input.is_floating_point() else input
+        dtype = autocast_dtype(weight.device)
+        if dtype is None:
+            dtype = weight.dtype
+        elif isinstance(input, Tensor) and input.is_floating_point():
+            input = input.to(dtype)
         check_input(input, self.in_features, dtype)
         a, b = self.operands(dtype)
         lam, gamma, scaling = self.randlora_lambda, self.randlora_gamma, self.scaling

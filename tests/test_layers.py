@@ -278,6 +278,23 @@ def test_autocast_computes_in_its_dtype_and_rounds_the_weight_once():
     cases.assert_close(x.grad, exact.detach(), 8 * torch.finfo(torch.bfloat16).eps)
 
 
+@pytest.mark.parametrize("read", [lambda layer, x: layer(x), lambda layer, x: layer.weight])
+def test_backward_does_not_depend_on_autocast_being_on(read):
+    layer = trained(RandLoRALinear(12, 20, rank=4))
+    x = torch.randn(5, 12)
+    want = torch.autograd.grad(read(layer, x).sum(), layer.randlora_gamma)[0]
+    y = read(layer, x).sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = torch.autograd.grad(y, layer.randlora_gamma)[0]
+    assert torch.equal(got, want)
+
+
+def test_shapes_are_inferred_on_the_meta_device():
+    with torch.device("meta"):
+        layer = RandLoRALinear(12, 20, rank=4)
+        assert layer(torch.empty(5, 12)).shape == (5, 20)
+
+
 # torch 2.13's own tracer instantiates autograd.Function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
