@@ -29,7 +29,18 @@ def as_real(name: str, value: Any) -> float:
     """``value`` as a finite float, if it is a real number and no bool or string."""
     if isinstance(value, bool | str | bytes) or not isinstance(value, SupportsFloat):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    number = float(value)
+    try:
+        number = float(value)
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be one finite number, got {value!r}") from error
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
     return number
+
+
+def as_scaling(alpha: Any, rank: int) -> float:
+    """``alpha / rank``, if that is a number that float32 can hold."""
+    scaling = as_real("alpha", alpha) / rank
+    if abs(scaling) > 3.4e38:
+        raise ValueError(f"alpha must leave alpha / rank within float32, got {alpha!r} / {rank}")
+    return scaling

@@ -31,11 +31,12 @@ ones all but surely. The rule looks at nothing but the leading block, so prefixe
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +45,7 @@ from torch import Tensor
 
 from randlora._checks import as_int, as_positive_int, as_real
 
-__all__ = ["KINDS", "BasisBank", "Operator"]
+__all__ = ["KINDS", "BasisBank", "Operator", "Store"]
 
 FORMAT_VERSION: Final = 1
 _PRIME: Final = 524287  # 2^19 - 1: a sum of 2^14 products of residues is exact in float64
@@ -160,11 +161,24 @@ def _draw(
 def pivots(sparsity: float) -> int:
     """How far down the diagonal of a sign base the minors are made sure of.
 
-    A square draw of order ``k`` is singular mostly for an empty column, with a probability of about
-    ``k (1 - 2/s)^k``, or, if nearly dense, for two equal ones, ``k² 2^-k``. From ``max(64, 16 s)``
-    on the first is below ``2e-13 s`` and the second below ``3e-16``.
+    A draw is singular mostly for an empty column, or, if nearly dense, for two equal ones. For
+    order ``k`` the first has a probability of about ``k (1 - 2/s)^k``, below ``2e-13 s`` from
+    ``16 s`` on; the second ``k² 2^-k``, below ``3e-16`` from 64 on. The work grows with the cube,
+    so it ends at 2048, which is ``16 s`` for ``s = 128 = √16384``; what lies beyond is guarded by
+    :func:`_refuse_too_sparse`.
     """
-    return max(64, math.ceil(16 * sparsity))
+    return min(max(64, math.ceil(16 * sparsity)), 2048)
+
+
+def _refuse_too_sparse(q: int, m: int, sparsity: float) -> None:
+    """Raise if a block beyond the pivots may well have an empty column (row, where m > q)."""
+    short, long = sorted((q, m))
+    empty = short * (1 - 2 / sparsity) ** long
+    if short > pivots(sparsity) and empty > 1e-6:
+        raise ValueError(
+            f"sparsity must be smaller for bases of full rank of {q} x {m}: with {sparsity:g}, "
+            f"{empty:.1g} columns are expected to be empty"
+        )
 
 
 def _set_pivots(signs: npt.NDArray[np.int8]) -> None:
@@ -229,7 +243,7 @@ class DenseOperator:
 
 
 class SignOperator:
-    """A ``B`` of one magnitude, stored as int8 signs and cast a slice of columns at a time."""
+    """A ``B`` of one magnitude, stored as int8 signs and cast a slice of the result at a time."""
 
     def __init__(self, signs: Tensor, scale: float) -> None:
         self.signs = signs
@@ -241,12 +255,8 @@ class SignOperator:
         return q, m
 
     def mm(self, c: Tensor) -> Tensor:
-        c = c * self.scale
-        total = c.new_zeros(self.signs.shape[0], c.shape[1])
-        slices = torch.split(self.signs, _ROWS, 1)
-        for signs, rows in zip(slices, torch.split(c, _ROWS), strict=True):
-            total = torch.addmm(total, signs.to(c.dtype), rows)
-        return total
+        slices = torch.split(self.signs, _ROWS)
+        return torch.cat([signs.to(c.dtype) @ c for signs in slices]) * self.scale
 
     def tmm(self, g: Tensor) -> Tensor:
         slices = torch.split(self.signs, _ROWS, 1)
@@ -259,11 +269,10 @@ class SignOperator:
 class BasisBank:
     """The frozen random bases ``A`` and ``B`` that all adapted layers of a model share.
 
-    A bank is a recipe; its tensors are a cache, one for each device (and, for continuous kinds,
-    dtype), drawn for the largest sizes that were reserved as soon as a layer needs them there. It
-    is therefore no module and holds no parameters or buffers: it appears in no ``state_dict``, a
-    copy of it is itself, a pickle holds only the recipe, and after ``to`` or ``to_empty`` it is
-    drawn again.
+    A bank is a recipe. What is drawn from it is held by one :class:`Store` for each device and
+    dtype that a layer computes in, drawn for the largest sizes reserved, and freed with the last
+    layer that uses it. A bank is therefore no module and holds no parameters or buffers: it appears
+    in no ``state_dict``, a copy of it is itself, a pickle holds only the recipe.
 
     Args:
         kind: one of
@@ -308,8 +317,8 @@ class BasisBank:
         self.kind = kind
         self.seed = seed
         self.sparsity = default if sparsity is None else sparsity
-        self._sizes = [(0, 0), (0, 0)]  # reserved (rows, columns) of A and of B
-        self._stored: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+        self.sizes = [(0, 0), (0, 0)]  # reserved (rows, columns) of A and of B
+        self._stores = _Stores()
 
     def __repr__(self) -> str:
         sparsity = "" if self.sparsity is None else f", sparsity={self.sparsity:g}"
@@ -319,84 +328,123 @@ class BasisBank:
         return self  # a value: copies of a model share its bank, and its memory
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stored": {}}
+        return {name: value for name, value in vars(self).items() if name != "_stores"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _stores=_Stores())
 
     # shape: -> (r, p)
     def a(self, r: int, p: int) -> Tensor:
         """The shared base ``A`` as a new float32 tensor of shape ``(r, p)`` on the CPU."""
-        return self._generate(_BASE_A, *_size(r=r, p=p), torch.device("cpu"), torch.float32)
+        return self.draw(_BASE_A, _size(r=r, p=p), torch.device("cpu"), torch.float32)
 
     # shape: -> (q, m)
     def b(self, q: int, m: int) -> Tensor:
         """The bases ``B_j`` side by side as a new float32 tensor of shape ``(q, m)`` on the CPU."""
-        entries = self._generate(_BASE_B, *_size(q=q, m=m), torch.device("cpu"), torch.float32)
-        return entries.float().mul_(self._scale) if self._signs else entries
+        entries = self.draw(_BASE_B, _size(q=q, m=m), torch.device("cpu"), torch.float32)
+        return entries.float().mul_(self.scale) if self.signs else entries
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of bases held at the moment, on all devices."""
-        return sum(t.untyped_storage().nbytes() for t in self._stored.values())
-
-    def reserve(self, r: int, p: int, q: int, m: int) -> None:
-        """Announce that a layer will use ``A[:r, :p]`` and ``B[:q, :m]``; allocates nothing."""
-        for base, size in enumerate([_size(r=r, p=p), _size(q=q, m=m)]):
-            self._sizes[base] = _larger(self._sizes[base], size)
-
-    def operands(
-        self, r: int, p: int, q: int, m: int, *, device: torch.device, dtype: torch.dtype
-    ) -> tuple[Tensor, Operator]:
-        """``A[:r, :p]`` and ``B[:q, :m]`` for computing in ``dtype`` on ``device``.
-
-        Both are views of the stored bases, which are drawn now if they are not there or too small.
-        """
-        a = self._hold(_BASE_A, r, p, device, dtype)
-        if self._signs:
-            return a, SignOperator(self._hold(_BASE_B, q, m, device, torch.int8), self._scale)
-        return a, DenseOperator(self._hold(_BASE_B, q, m, device, dtype))
-
-    def release(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        """Free what is stored on ``device``, of ``dtype`` if given; it can be drawn again."""
-        for key in list(self._stored):
-            if key[1] == device and dtype in (None, key[2]):
-                del self._stored[key]
-
-    @property
-    def _signs(self) -> bool:
+    def signs(self) -> bool:
+        """Whether ``B`` is one magnitude times signs and zeros, stored as int8."""
         return KINDS[self.kind].b.signs
 
     @property
-    def _scale(self) -> float:
+    def scale(self) -> float:
+        """The magnitude of the entries of a sign base, else 1."""
         return KINDS[self.kind].b.scale(self.sparsity or 2.0)
 
-    def _hold(
-        self, base: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype
-    ) -> Tensor:
-        held = self._stored.get((base, device, dtype))
-        if held is None or held.shape[0] < rows or held.shape[1] < columns:
-            self._stored.pop((base, device, dtype), None)
-            del held  # free the smaller one first: both at once would double the peak
-            size = self._sizes[base] = _larger(self._sizes[base], (rows, columns))
-            with torch.inference_mode(False):  # it outlives the call that happens to need it
-                held = self._generate(base, *size, device, dtype)
-            self._stored[base, device, dtype] = held
-        return held[:rows, :columns]
+    @property
+    def nbytes(self) -> int:
+        """Bytes of bases held for layers at the moment, on all devices."""
+        tensors = [tensor for store in self._stores.values() for tensor in store.tensors.values()]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
-    def _generate(
-        self, base: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype
+    def reserve(self, r: int, p: int, q: int, m: int) -> None:
+        """Announce that a layer will use ``A[:r, :p]`` and ``B[:q, :m]``; draws nothing.
+
+        Raises:
+            ValueError: if a ternary ``B`` of this size would be too sparse for full rank.
+        """
+        sizes = [_size(r=r, p=p), _size(q=q, m=m)]
+        if self.sparsity is not None:
+            _refuse_too_sparse(q, m, self.sparsity)
+        self.sizes = [_larger(*pair) for pair in zip(self.sizes, sizes, strict=True)]
+
+    def store(self, device: torch.device, dtype: torch.dtype) -> Store:
+        """What holds the bases on ``device`` for ``dtype``, as long as it is referred to."""
+        store = self._stores.get((device, dtype))
+        if store is None:
+            store = self._stores[device, dtype] = Store(self, device, dtype)
+        return store
+
+    def draw(
+        self, base: int, size: tuple[int, int], device: torch.device, dtype: torch.dtype
     ) -> Tensor:
+        """A new base, 0 for ``A`` and 1 for ``B``, in ``dtype`` or, for signs, in int8."""
         kind, sparsity = KINDS[self.kind], self.sparsity or 2.0
         law = kind.b if base == _BASE_B else kind.a
-        out = torch.empty(rows, columns, device=device, dtype=torch.int8 if law.signs else dtype)
+        rows, columns = size
+        out = torch.empty(size, device=device, dtype=torch.int8 if law.signs else dtype)
         for lo in range(0, rows, _ROWS):
             part = range(lo, min(lo + _ROWS, rows))
             entries = _draw(base, law, self.seed, sparsity, part, columns)
             out[lo : part.stop].copy_(torch.from_numpy(entries))
         if law.signs:
-            size = min(rows, columns, pivots(sparsity))
-            corner = out[:size, :size].cpu()
+            corner = out[: pivots(sparsity), : pivots(sparsity)]
+            corner = corner[: corner.shape[1], : corner.shape[0]].cpu()
             _set_pivots(corner.numpy())
-            out[:size, :size].copy_(corner)
+            out[: len(corner), : len(corner)].copy_(corner)
         return out
+
+
+def refuse_to_draw_while_compiling() -> None:
+    """Raise where a compiler traces: it would take the drawing into the graph."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "bases cannot be drawn inside a compiled function: call the layer once before, under "
+            "autocast if it is to be compiled so"
+        )
+
+
+class Store:
+    """The bases of one bank on one device, for computing in one dtype."""
+
+    def __init__(self, bank: BasisBank, device: torch.device, dtype: torch.dtype) -> None:
+        self.bank = bank
+        self.device = device
+        self.dtype = dtype
+        self.tensors: dict[int, Tensor] = {}
+
+    def operands(self, r: int, p: int, q: int, m: int) -> tuple[Tensor, Operator]:
+        """``A[:r, :p]`` and ``B[:q, :m]``, views of what is held.
+
+        They are drawn now if they are not there or too small: not inside a compiled function, which
+        cannot draw.
+        """
+        a, b = self._hold(_BASE_A, r, p), self._hold(_BASE_B, q, m)
+        return a, SignOperator(b, self.bank.scale) if self.bank.signs else DenseOperator(b)
+
+    def draw(self) -> None:
+        """Draw what is reserved, unless it is there or the device is meta."""
+        if self.device.type != "meta":
+            for base, size in enumerate(self.bank.sizes):
+                self._hold(base, *size)
+
+    def _hold(self, base: int, rows: int, columns: int) -> Tensor:
+        held = self.tensors.get(base)
+        if held is None or held.shape[0] < rows or held.shape[1] < columns:
+            refuse_to_draw_while_compiling()
+            self.tensors.pop(base, None)
+            del held  # free the smaller one first: both at once would double the peak
+            size = self.bank.sizes[base] = _larger(self.bank.sizes[base], (rows, columns))
+            with torch.inference_mode(False):  # it outlives the call that happens to need it
+                held = self.bank.draw(base, size, self.device, self.dtype)
+            self.tensors[base] = held
+        return held[:rows, :columns]
+
+
+_Stores: TypeAlias = weakref.WeakValueDictionary[tuple[torch.device, torch.dtype], Store]
 
 
 def _size(**sides: int) -> tuple[int, int]:

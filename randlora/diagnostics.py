@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from randlora.bases import BasisBank
-from randlora.injection import adapter_parameters
 from randlora.layers import RandLoRALinear
 
 __all__ = ["LayerRank", "LayerSummary", "RankReport", "Summary", "rank_report", "summary"]
@@ -141,7 +140,7 @@ def summary(model: nn.Module) -> Summary:
         ),
         banks=tuple(banks.values()),
         bank_bytes=sum(bank.nbytes for bank in banks.values()),
-        trained=sum(p.numel() for p in adapter_parameters(model)),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=sum(p.numel() for p in model.parameters()),
     )
 

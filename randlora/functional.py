@@ -16,8 +16,8 @@ One matrix carries the whole gradient. With ``G = dyᵀ x``, transposed if wide,
     dx = dy (W0 + ΔW)
 
 ``C``, ``ΔW`` and ``P`` live only inside a call. Of the ways to bracket these products this module
-takes the one through the weight, whose cost beside full fine-tuning, ``3 p / T`` of it, does not
-grow with the number of tokens; :class:`_Linear` is where another choice would be made.
+takes the one through the weight: full fine-tuning's own three products, and three of ``m p q``,
+which add ``p / T`` of their cost; :class:`_Linear` is where another choice would be made.
 """
 
 from __future__ import annotations

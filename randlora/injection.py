@@ -8,13 +8,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 from torch import nn
 
-from randlora._checks import as_positive_int, as_real
+from randlora._checks import as_positive_int, as_scaling
 from randlora.bases import KINDS, BasisBank
-from randlora.layers import RandLoRALinear, Settings, adapt_, unsupported
+from randlora.layers import Adaptation, RandLoRALinear, Settings, unsupported
 
 __all__ = ["adapter_parameters", "inject"]
 
@@ -60,7 +60,9 @@ def inject(
             that matches a layer counts. A layer with a smaller ``p = min(out, in)`` gets ``p``.
         target_modules: which layers to adapt: patterns, or a predicate ``(name, module) -> bool``
             that is asked about each supported layer. By default every supported layer but the
-            output head.
+            output head: what ``model.get_output_embeddings()`` returns, what shares its weight with
+            an embedding, and the last layer where it goes by a usual name (``head``, ``lm_head``,
+            ``classifier``, ``fc``, ``score``, …).
         exclude_modules: which of these to leave out, in the same form.
         basis: the kind of the bases, or a :class:`BasisBank` of your own. A ``very_sparse`` bank
             that is made here has ``s = √q`` of the largest layer that could be a default target, so
@@ -101,22 +103,30 @@ def inject(
     saved = _covered("modules_to_save", modules_to_save, names)
     for module in saved:
         for name, parameter in module.named_parameters(recurse=False):
-            if not (parameter.is_floating_point() or parameter.is_complex()):
+            trainable = parameter.is_floating_point() or parameter.is_complex()
+            if not trainable or parameter.is_inference():
+                what = "an inference tensor" if trainable else parameter.dtype
                 raise TypeError(
-                    f"modules_to_save must be trainable, but {names[module][0]!r} has {name!r} of "
-                    f"{parameter.dtype}"
+                    f"modules_to_save must be trainable, but {names[module][0]!r} has {name!r}, "
+                    f"{what}"
                 )
     targets = _targets(names, supported, heads, target_modules, exclude_modules, saved)
     settings = _settings(names, targets, rank, alpha, dropout, num_bases)
     bank = _bank(basis, seed, [m for m in supported if m not in heads] or targets)
 
+    adaptations = [Adaptation(layer, settings[layer], bank) for layer in targets]
+    wanted = {(layer.weight.device, layer.weight.dtype) for layer in targets}
+    stores = [bank.store(device, dtype) for device, dtype in wanted]
+    for store in stores:
+        store.draw()
+
+    # All that can fail is done.
     model.requires_grad_(False)
-    layers = [adapt_(layer, settings[layer], bank) for layer in targets]
+    for adaptation in adaptations:
+        adaptation.apply().draw_bases()
     for module in saved:
         module.requires_grad_(True)
         setattr(module, _SAVED, True)
-    for layer in layers:
-        layer.draw_bases()
     return model
 
 
@@ -124,6 +134,9 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What is trained: ``Λ`` and ``Γ`` of each adapted layer, then the ``modules_to_save``.
 
     Each parameter comes once, in the order of ``model.modules()``; for the optimiser.
+
+    Raises:
+        ValueError: if no layer of ``model`` is adapted.
     """
     adapters: dict[nn.Parameter, None] = {}
     saved: dict[nn.Parameter, None] = {}
@@ -132,6 +145,8 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
             adapters |= dict.fromkeys((module.randlora_lambda, module.randlora_gamma))
         if getattr(module, _SAVED, False):
             saved |= dict.fromkeys(module.parameters())
+    if not adapters:
+        raise ValueError("model must be adapted, but it has no RandLoRALinear; see randlora.inject")
     return list(adapters | saved)
 
 
@@ -174,7 +189,7 @@ def _targets(
     chosen: set[nn.Module]
     if target is None:
         chosen = {m for m in supported if m not in heads}
-    elif callable(target):
+    elif _is_predicate(target):
         chosen = {m for m in supported if any(target(name, m) for name in names[m])}
     else:
         hits = _hits("target_modules", target, names)
@@ -217,14 +232,13 @@ def _settings(
                 f"is for, here {largest}, got {asked}"
             )
     num_bases = None if num_bases is None else as_positive_int("num_bases", num_bases)
-    alpha = None if alpha is None else as_real("alpha", alpha)
 
     settings = {}
     for layer, p in sizes.items():
         asked, r = ranks[layer], min(ranks[layer], p)
         n = None if num_bases is None else min(num_bases, -(-p // r))
         fitting = Settings.of(layer, rank=r, dropout=dropout, num_bases=n)
-        scaling = 1.0 if alpha is None else alpha / asked
+        scaling = 1.0 if alpha is None else as_scaling(alpha, asked)
         settings[layer] = replace(fitting, scaling=scaling, asked_rank=asked)
     if num_bases is not None and all(s.num_bases < num_bases for s in settings.values()):
         largest = max(s.num_bases for s in settings.values())
@@ -282,11 +296,15 @@ def _covered(argument: str, target: Target | None, names: _Names) -> set[nn.Modu
     """The modules of any type that ``target`` selects, with all beneath them."""
     if target is None:
         return set()
-    if callable(target):
+    if _is_predicate(target):
         chosen = {m for m, aliases in names.items() if any(target(name, m) for name in aliases)}
     else:
         chosen = set().union(*_hits(argument, target, names).values())
     return _beneath(chosen)
+
+
+def _is_predicate(target: Any) -> TypeGuard[Predicate]:
+    return callable(target) and not isinstance(target, type | nn.Module)
 
 
 def _beneath(modules: Iterable[nn.Module]) -> set[nn.Module]:
@@ -306,6 +324,8 @@ def _hits(argument: str, target: Any, names: _Names) -> dict[Pattern, set[nn.Mod
     for pattern in target:
         fits = _compile(argument, pattern).fullmatch
         hits[pattern] = {m for m, aliases in names.items() if any(map(fits, aliases))}
+        if not hits[pattern]:  # a name may hold any letters: taken to the letter it may be one
+            hits[pattern] = {m for m, aliases in names.items() if pattern in aliases}
         if not hits[pattern]:
             full = [name for aliases in names.values() for name in aliases]
             known = sorted({*full, *(name.split(".")[-1] for name in full)})
@@ -336,13 +356,23 @@ def _compile(argument: str, pattern: Any) -> re.Pattern[str]:
 
 
 def _refuse_unsupported(pattern: Pattern, hits: set[nn.Module], names: _Names) -> None:
-    """Raise if a target pattern selects no supported layer, or names an unsupported one itself."""
-    none = all(unsupported(m) is not None for m in _beneath(hits))
+    """Raise if a target pattern selects no supported layer, or names an unsupported one itself.
+
+    A container with supported layers beneath it may well hold a parameter of its own, say an
+    embedding of positions; a layer of torch's that holds one is a layer.
+    """
+
+    def empty(modules: Iterable[nn.Module]) -> bool:
+        return all(unsupported(m) is not None for m in _beneath(modules))
+
+    nothing = empty(hits)
     by_name = isinstance(pattern, str) and _NAME.fullmatch(pattern)
     for module in names:
         reason = unsupported(module) if module in hits else None
-        holds_weights = any(True for _ in module.parameters(recurse=False))
-        if reason is not None and (none or (by_name and holds_weights)):
+        layer = any(True for _ in module.parameters(recurse=False)) and (
+            empty([module]) or type(module).__module__.startswith("torch.")
+        )
+        if reason is not None and (nothing or (by_name and layer)):
             raise TypeError(
                 f"target_modules={pattern!r} matches {names[module][0]!r}, but {reason}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from dataclasses import asdict, dataclass
@@ -11,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora._checks import as_positive_int, as_real
-from randlora.bases import BasisBank, DenseOperator, Operator
+from randlora._checks import as_positive_int, as_real, as_scaling
+from randlora.bases import BasisBank, DenseOperator, Operator, Store, refuse_to_draw_while_compiling
 from randlora.functional import autocast_dtype, check_input, delta_weight, randlora_linear
 
-__all__ = ["RandLoRALinear", "Settings", "adapt_", "unsupported"]
+__all__ = ["Adaptation", "RandLoRALinear", "Settings", "unsupported"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PARAMETERS = ("randlora_lambda", "randlora_gamma")
+_STATE = ("rank", "num_bases", "scaling", "dropout", "asked_rank", "bank", "_stores")
 
 
 class RandLoRALinear(nn.Linear):
@@ -29,8 +31,8 @@ class RandLoRALinear(nn.Linear):
 
     (paper, equation 4), transposed where ``out < in``. With ``p = min(out, in)``, ``q = max(out,
     in)`` and ``n = ceil(p / r)``, only ``randlora_lambda`` ``(n, r)`` and ``randlora_gamma``
-    ``(n, p)`` are trained: ``n (r + p)`` numbers, fewer as the rank grows. They are float32
-    whatever the dtype of the weight.
+    ``(n, p)`` are trained: ``n (r + p)`` numbers, fewer as the rank grows. They are made in
+    float32 whatever the dtype of the weight, and change it only with ``layer.to(dtype)``.
 
     It starts from ``Γ = 0`` and ``Λ = 1/√(n r)``, so ``ΔW = 0`` exactly, and one optimiser step
     makes it full rank: with a constant ``Γ`` instead, the rank of ``ΔW`` would be ``r`` until ``Γ``
@@ -54,7 +56,8 @@ class RandLoRALinear(nn.Linear):
             made without one share.
         alpha: ``scaling`` is ``alpha / rank``; by default ``alpha = rank``.
         dropout: probability, in ``[0, 1)``, of zeroing an input of the update while training. The
-            update then has an input of its own, and whoever reads :attr:`weight` sees no dropout.
+            update then has an input of its own; whoever reads :attr:`weight`, a subclass with its
+            own forward or an attention layer, sees no dropout.
         num_bases: ``n``, by default the ``ceil(p / r)`` that full rank takes. Fewer limit the rank
             to ``num_bases · r`` (RandLoRA-b of the paper's table 2).
 
@@ -80,6 +83,7 @@ class RandLoRALinear(nn.Linear):
     dropout: float
     asked_rank: int
     bank: BasisBank
+    _stores: dict[tuple[torch.device, torch.dtype], Store]
 
     def __init__(
         self,
@@ -97,7 +101,7 @@ class RandLoRALinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         settings = Settings.of(self, rank=rank, alpha=alpha, dropout=dropout, num_bases=num_bases)
-        _attach(self, settings, _check_bank(bank))
+        Adaptation(self, settings, _check_bank(bank)).apply()
         self.draw_bases()
 
     @classmethod
@@ -121,14 +125,17 @@ class RandLoRALinear(nn.Linear):
         """
         if (reason := unsupported(linear)) is not None:
             raise TypeError(f"linear cannot be adapted: {reason}")
+        if "forward" in vars(linear):
+            raise TypeError("linear cannot be adapted in a copy: its forward is bound to it")
         settings = Settings.of(linear, rank=rank, alpha=alpha, dropout=dropout, num_bases=num_bases)
         bank = _check_bank(bank)
-        copied = object.__new__(type(linear))
+        copied = copy.copy(linear)
         for name, value in vars(linear).items():
             # The registries of parameters, buffers, hooks: shared contents, containers of our own.
-            own = value.copy() if isinstance(value, dict | set) else value
-            object.__setattr__(copied, name, own)
-        layer = adapt_(copied, settings, bank)
+            if isinstance(value, dict | set):
+                object.__setattr__(copied, name, value.copy())
+        vars(copied).pop("_compiled_call_impl", None)  # it would go on calling the original
+        layer = Adaptation(copied, settings, bank).apply()
         layer.draw_bases()
         return layer
 
@@ -176,7 +183,7 @@ class RandLoRALinear(nn.Linear):
         """
         weight, bias = self.base_weight, self.bias
         dtype = autocast_dtype(weight.device)
-        if dtype is None:
+        if dtype is None or weight.dtype == torch.float64:  # which autocast leaves alone
             dtype = weight.dtype
         elif isinstance(input, Tensor) and input.is_floating_point():
             input = input.to(dtype)
@@ -215,8 +222,12 @@ class RandLoRALinear(nn.Linear):
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, Operator]:
         """``A`` and ``B`` of this layer from the bank, to compute with in ``dtype``."""
+        key = self.base_weight.device, dtype
+        if key not in self._stores:
+            refuse_to_draw_while_compiling()
+            self._stores[key] = self.bank.store(*key)
         (r, p), (q, m) = self._sizes
-        return self.bank.operands(r, p, q, m, device=self.base_weight.device, dtype=dtype)
+        return self._stores[key].operands(r, p, q, m)
 
     def draw_bases(self) -> None:
         """Have the bank draw what this layer needs, unless the layer is on the meta device."""
@@ -224,14 +235,19 @@ class RandLoRALinear(nn.Linear):
             self.operands(self.base_weight.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RandLoRALinear:
-        device, dtype = self.base_weight.device, self.base_weight.dtype
+        before = self.base_weight.device, self.base_weight.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.base_weight.device != device:
-            self.bank.release(device)
-        elif self.base_weight.dtype != dtype:
-            self.bank.release(device, dtype)
-        self.draw_bases()
+        if before != (self.base_weight.device, self.base_weight.dtype):
+            self._stores.clear()
+            self.draw_bases()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_stores": {}}  # type: ignore[no-untyped-call]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.draw_bases()
 
     def _load_from_state_dict(
         self,
@@ -286,7 +302,7 @@ class Settings:
                 f"num_bases must be at most ceil({p} / {rank}) = {full}, which gives full rank, "
                 f"got {num_bases}"
             )
-        scaling = 1.0 if alpha is None else as_real("alpha", alpha) / rank
+        scaling = 1.0 if alpha is None else as_scaling(alpha, rank)
         dropout = as_real("dropout", dropout)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout:g}")
@@ -307,33 +323,45 @@ def unsupported(module: nn.Module) -> str | None:
         return f"{kind} has no sizes before it is run once"
     if weight.dtype not in _DTYPES:
         return f"{kind} has a weight of {weight.dtype}, which is not floating"
+    if not weight.numel():
+        return f"{kind} has an empty weight"
+    taken = [name for name in (*_STATE, *_PARAMETERS) if hasattr(module, name)]
+    if taken:
+        return f"{kind} has an attribute {taken[0]!r} of its own"
     return None
 
 
-def adapt_(linear: nn.Linear, settings: Settings, bank: BasisBank) -> RandLoRALinear:
-    """Turn a supported ``linear`` into a :class:`RandLoRALinear` in place and return it.
+class Adaptation:
+    """What turns a supported ``linear`` into a :class:`RandLoRALinear`, in two steps.
 
-    The object stays the same, so that every name, hook and reference it has goes on holding; its
-    class becomes one that is both a ``RandLoRALinear`` and what it was.
+    Making one does all that can fail and changes nothing; :meth:`apply` does the rest. The object
+    stays the same, so that every name, hook and reference it has goes on holding; its class becomes
+    one that is both a ``RandLoRALinear`` and what it was.
     """
-    _attach(linear, settings, bank)
-    linear.__class__ = _adapted_class(type(linear))
-    return linear  # type: ignore[return-value]
 
+    def __init__(self, linear: nn.Linear, settings: Settings, bank: BasisBank) -> None:
+        self.linear = linear
+        p, q = sorted((linear.in_features, linear.out_features))
+        n, r, device = settings.num_bases, settings.rank, linear.weight.device
+        self.cls = _adapted_class(type(linear))
+        bank.reserve(r, p, q, n * r)
+        with torch.inference_mode(False):
+            self.lam, self.gamma = (
+                nn.Parameter(torch.empty(n, width, device=device, dtype=torch.float32))
+                for width in (r, p)
+            )
+        _reset(self.lam, self.gamma)
+        self.state = {**asdict(settings), "bank": bank, "_stores": {}}
 
-def _attach(linear: nn.Linear, settings: Settings, bank: BasisBank) -> None:
-    """Give ``linear`` the state of an adapted layer, and freeze what it had."""
-    p, q = sorted((linear.in_features, linear.out_features))
-    n, r, device = settings.num_bases, settings.rank, linear.weight.device
-    linear.requires_grad_(False)
-    lam, gamma = (
-        nn.Parameter(torch.empty(n, width, device=device, dtype=torch.float32)) for width in (r, p)
-    )
-    _reset(lam, gamma)
-    linear.register_parameter("randlora_lambda", lam)
-    linear.register_parameter("randlora_gamma", gamma)
-    vars(linear).update(asdict(settings), bank=bank)
-    bank.reserve(r, p, q, n * r)
+    def apply(self) -> RandLoRALinear:
+        """Change the layer, freeze what it had, and return it."""
+        linear = self.linear
+        linear.requires_grad_(False)
+        linear.register_parameter("randlora_lambda", self.lam)
+        linear.register_parameter("randlora_gamma", self.gamma)
+        vars(linear).update(self.state)
+        linear.__class__ = self.cls
+        return linear  # type: ignore[return-value]
 
 
 @torch.no_grad()
@@ -346,6 +374,8 @@ def _adapted_class(base: type[nn.Linear]) -> type[RandLoRALinear]:
     """The class that a layer of class ``base`` becomes; one for each ``base``, which it keeps."""
     if base is nn.Linear:
         return RandLoRALinear
+    if issubclass(base, RandLoRALinear):
+        return base
     known = vars(base).get("_randlora_class")  # kept on base: both are collected together
     if known is None:
         own = {} if base.forward is nn.Linear.forward else {"forward": base.forward}
@@ -359,7 +389,7 @@ def _adapted_class(base: type[nn.Linear]) -> type[RandLoRALinear]:
 
 
 def _reduce(layer: RandLoRALinear, protocol: int) -> tuple[Any, ...]:
-    return _rebuild, (layer.base_class,), layer.__getstate__()  # type: ignore[no-untyped-call]
+    return _rebuild, (layer.base_class,), layer.__getstate__()
 
 
 def _rebuild(base: type[nn.Linear]) -> RandLoRALinear:

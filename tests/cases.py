@@ -53,10 +53,8 @@ class Case:
         return self.out_features < self.in_features
 
     def operands(self, dtype=torch.float64) -> tuple[Tensor, Operator]:
-        device = torch.device("cpu")
-        return self.bank.operands(
-            self.r, self.p, self.q, self.n * self.r, device=device, dtype=dtype
-        )
+        store = self.bank.store(torch.device("cpu"), dtype)
+        return store.operands(self.r, self.p, self.q, self.n * self.r)
 
     def bases(self) -> tuple[Tensor, Tensor]:
         """``A`` and ``B`` as the oracle takes them: read from the bank, dense."""

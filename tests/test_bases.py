@@ -83,7 +83,7 @@ def test_prefixes_agree_past_the_pivots_and_the_chunks_of_generation(kind):
 def test_what_is_computed_with_is_what_is_read(kind, dtype):
     bank = BasisBank(kind, seed=11)
     bank.reserve(5, 30, 90, 80)
-    a, b = bank.operands(3, 20, 70, 40, device=CPU, dtype=dtype)
+    a, b = bank.store(CPU, dtype).operands(3, 20, 70, 40)
     eye = torch.eye(40, dtype=dtype)
     assert torch.equal(a, bank.a(3, 20).to(dtype))
     assert torch.equal(b.mm(eye), bank.b(70, 40).to(dtype))
@@ -94,7 +94,7 @@ def test_what_is_computed_with_is_what_is_read(kind, dtype):
 @given(cases.banks(), st.integers(1, 600), st.integers(1, 5))
 def test_products_agree_with_the_dense_base(bank, m, k):
     q = 3 * m // 2 + 1
-    _, b = bank.operands(1, 1, q, m, device=CPU, dtype=torch.float64)
+    _, b = bank.store(CPU, torch.float64).operands(1, 1, q, m)
     dense = bank.b(q, m).double()
     c, g = torch.randn(m, k).double(), torch.randn(q, k).double()
     cases.assert_close(b.mm(c), dense @ c, 1e-13)
@@ -174,31 +174,48 @@ def test_the_largest_seed_is_as_good_as_any():
 def test_storage_is_compact_and_shared():
     bank = BasisBank("very_sparse")
     bank.reserve(4, 100, 300, 200)
-    _, large = bank.operands(4, 100, 300, 200, device=CPU, dtype=torch.float32)
+    store = bank.store(CPU, torch.float32)
+    assert bank.nbytes == 0
+    _, large = store.operands(4, 100, 300, 200)
     held = bank.nbytes
     assert held == 4 * 4 * 100 + 300 * 200  # A in float32, B as int8
-    _, small = bank.operands(2, 50, 60, 40, device=CPU, dtype=torch.float32)
+    _, small = bank.store(CPU, torch.float32).operands(2, 50, 60, 40)
     assert bank.nbytes == held
     assert small.signs.untyped_storage().data_ptr() == large.signs.untyped_storage().data_ptr()
+    del store
+    assert bank.nbytes == 0
 
 
-def test_a_continuous_base_is_stored_once_in_the_dtype_it_is_used_in():
+def test_a_continuous_base_is_stored_in_the_dtype_it_is_used_in():
     bank = BasisBank("dense")
-    bank.operands(4, 10, 30, 20, device=CPU, dtype=torch.bfloat16)
+    store = bank.store(CPU, torch.bfloat16)
+    store.operands(4, 10, 30, 20)
     assert bank.nbytes == 2 * (4 * 10 + 30 * 20)
 
 
 def test_growing_replaces_and_keeps_entries():
     bank = BasisBank("dense", seed=4)
-    _, small = bank.operands(2, 10, 10, 10, device=CPU, dtype=torch.float32)
-    _, large = bank.operands(4, 8, 20, 30, device=CPU, dtype=torch.float32)
+    store = bank.store(CPU, torch.float32)
+    _, small = store.operands(2, 10, 10, 10)
+    _, large = store.operands(4, 8, 20, 30)
     assert torch.equal(large.entries[:10, :10], small.entries)
     assert bank.nbytes == 4 * (4 * 10 + 20 * 30)
 
 
+def test_the_smaller_base_is_freed_before_the_larger_is_drawn(monkeypatch):
+    bank = BasisBank("dense")
+    store = bank.store(CPU, torch.float32)
+    store.operands(1, 1, 100, 100)
+    held = []
+    draw = bank.draw
+    monkeypatch.setattr(bank, "draw", lambda *args: held.append(dict(store.tensors)) or draw(*args))
+    store.operands(1, 1, 200, 100)
+    assert [list(tensors) for tensors in held] == [[0]]  # A alone
+
+
 def test_copies_share_and_pickles_hold_only_the_recipe():
     bank = BasisBank("sparse", seed=9, sparsity=4)
-    bank.operands(2, 100, 1000, 100, device=CPU, dtype=torch.float32)
+    bank.store(CPU, torch.float32).operands(2, 100, 1000, 100)
     assert copy.deepcopy([bank, bank])[0] is bank
     data = pickle.dumps([bank, bank])
     assert len(data) < 1000
@@ -211,7 +228,7 @@ def test_copies_share_and_pickles_hold_only_the_recipe():
 def test_bases_drawn_in_inference_mode_can_be_trained_with():
     bank = BasisBank("dense")
     with torch.inference_mode():
-        _, b = bank.operands(1, 1, 4, 4, device=CPU, dtype=torch.float32)
+        _, b = bank.store(CPU, torch.float32).operands(1, 1, 4, 4)
     assert not b.entries.is_inference()
 
 
@@ -223,6 +240,7 @@ def test_bases_drawn_in_inference_mode_can_be_trained_with():
         ({"kind": "sparse", "sparsity": 1.9}, ValueError, r"sparsity must be in \[2, .* got 1.9"),
         ({"kind": "sparse", "sparsity": float("inf")}, ValueError, "sparsity must be finite"),
         ({"kind": "sparse", "sparsity": float("nan")}, ValueError, "sparsity must be finite"),
+        ({"kind": "sparse", "sparsity": 10**400}, ValueError, "sparsity must be one finite number"),
         ({"kind": "sparse", "sparsity": "6"}, TypeError, "sparsity must be a number, got '6'"),
         ({"kind": "dense", "sparsity": 6}, ValueError, "sparsity=6 .* 'dense' has none"),
         ({"seed": -1}, ValueError, r"seed must be in \[0, 2\*\*64\), got -1"),
@@ -236,6 +254,13 @@ def test_bad_recipes_are_refused(keywords, error, message):
         BasisBank(**keywords)
 
 
+def test_what_is_too_sparse_for_full_rank_is_refused():
+    BasisBank("sparse", sparsity=1000).reserve(1, 1, 14336, 4096)
+    BasisBank("sparse", sparsity=1e6).reserve(1, 1, 2048, 2048)  # all pivots
+    with pytest.raises(ValueError, match=r"sparsity must be smaller .* 4096 x 4096: with 1000, 1 "):
+        BasisBank("sparse", sparsity=1000).reserve(1, 1, 4096, 4096)
+
+
 def test_bad_sizes_are_refused():
     bank = BasisBank()
     with pytest.raises(ValueError, match=r"q must be at least 1, got 0"):
@@ -244,8 +269,11 @@ def test_bad_sizes_are_refused():
         bank.a(1, 2.5)
 
 
-@pytest.mark.parametrize("kind", cases.KINDS)
-def test_bases_of_an_8b_model_take_little_memory_and_time(kind):
+@pytest.mark.parametrize(
+    ("kind", "sparsity"),
+    [*((k, None) for k in cases.KINDS), ("very_sparse", 119.7), ("sparse", 200)],
+)
+def test_bases_of_an_8b_model_take_little_memory_and_time(kind, sparsity):
     """Resident memory stays under 1.2 times what is stored plus 200 MB at every moment."""
     script = f"""
         import resource, time, torch
@@ -253,9 +281,10 @@ def test_bases_of_an_8b_model_take_little_memory_and_time(kind):
         torch.ones(64, 64) @ torch.ones(64, 64)
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         before, start = peak(), time.perf_counter()
-        bank = BasisBank({kind!r})
+        bank = BasisBank({kind!r}, sparsity={sparsity})
         bank.reserve(16, 4096, 14336, 4096)
-        bank.operands(16, 4096, 14336, 4096, device=torch.device("cpu"), dtype=torch.float32)
+        store = bank.store(torch.device("cpu"), torch.float32)
+        store.draw()
         print(peak() - before, bank.nbytes, time.perf_counter() - start)
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
@@ -269,6 +298,6 @@ def test_bases_of_an_8b_model_take_little_memory_and_time(kind):
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_entries_are_the_same_on_cuda(kind):
     bank = BasisBank(kind, seed=6)
-    a, b = bank.operands(3, 20, 70, 40, device=torch.device("cuda"), dtype=torch.float32)
+    a, b = bank.store(torch.device("cuda"), torch.float32).operands(3, 20, 70, 40)
     assert torch.equal(a.cpu(), bank.a(3, 20))
     assert torch.equal(b.mm(torch.eye(40, device="cuda")).cpu(), bank.b(70, 40))

@@ -50,6 +50,7 @@ class Model(nn.Module):
         return self.lm_head(x) + self.gate_alias(x).sum(-1, keepdim=True)
 
 
+SPARSE = BasisBank("sparse", sparsity=5000)
 TOKENS = torch.arange(12).reshape(2, 6)
 LAYERS = [f"blocks.{i}.{n}" for i in (0, 1) for n in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")]
 
@@ -287,12 +288,36 @@ def test_the_model_is_asked_for_its_head():
     model.get_output_embeddings = lambda: model.gate
     assert adapted(inject(model, rank=3)) == LAYERS
 
+
+@pytest.mark.parametrize("error", [NotImplementedError, AttributeError])
+def test_a_model_may_not_know_its_head(error):
     def refuse():
-        raise NotImplementedError
+        raise error
 
     model = Model()
     model.get_output_embeddings = refuse
     assert adapted(inject(model, rank=3)) == [*LAYERS, "gate"]
+
+
+def test_a_layer_tied_to_an_embedding_is_a_head_whatever_its_name_and_place():
+    model = nn.ModuleDict(
+        {"e": nn.Embedding(9, 4), "out": nn.Linear(4, 9), "more": nn.Linear(4, 4)}
+    )
+    model["out"].weight = model["e"].weight
+    assert adapted(inject(model, rank=2)) == ["more"]
+
+
+def test_a_container_with_a_parameter_of_its_own_can_be_named():
+    model = nn.ModuleDict({"encoder": Block(16), "other": Block(16)})
+    model["encoder"].position = nn.Parameter(torch.zeros(3))
+    assert adapted(inject(model, rank=2, target_modules="encoder")) == [
+        f"encoder.{name.removeprefix('blocks.0.')}" for name in LAYERS[:4]
+    ]
+
+
+def test_a_name_with_letters_of_regular_expressions_is_a_name():
+    model = nn.ModuleDict({"layer(1)": nn.Linear(4, 4), "other": nn.Linear(4, 4)})
+    assert adapted(inject(model, rank=2, target_modules="layer(1)")) == ["layer(1)"]
 
 
 # --- errors --------------------------------------------------------------------------------------
@@ -332,6 +357,9 @@ def test_the_model_is_asked_for_its_head():
         ({"target_modules": "norm"}, TypeError, "norm'.* LayerNorm is not an nn.Linear"),
         ({"target_modules": ["qkv", "embed"]}, TypeError, "'embed', but Embedding is not"),
         ({"target_modules": "(qkv"}, ValueError, r"'\(qkv' is neither"),
+        ({"target_modules": nn.Linear}, TypeError, "target_modules must be a name, .* got <class"),
+        ({"alpha": torch.ones(2)}, ValueError, "alpha must be one finite number"),
+        ({"alpha": 1e40}, ValueError, "alpha must leave alpha / rank within float32"),
         ({"target_modules": 3}, TypeError, "target_modules must be a name, .* got 3 of type int"),
         ({"target_modules": ["qkv", 3]}, TypeError, "target_modules must hold names .* got 3"),
         ({"exclude_modules": "mpl"}, ValueError, "exclude_modules='mpl' matches no module"),
@@ -345,6 +373,45 @@ def test_bad_calls_are_refused_and_leave_the_model_untouched(keywords, error, me
     before = snapshot(model)
     with pytest.raises(error, match=message):
         inject(model, **{"rank": 3, **keywords})
+    same(snapshot(model), before)
+
+
+class Demanding(nn.Linear):
+    def __init_subclass__(cls, *, needed):
+        pass
+
+
+def broken_bank():
+    bank = BasisBank()
+    bank.draw = lambda *args: 1 / 0
+    return bank
+
+
+def with_inference_tensors():
+    model = Model()
+    with torch.inference_mode():
+        model.other = nn.Linear(2, 2)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "keywords", "error"),
+    [
+        (Model, {"basis": broken_bank()}, ZeroDivisionError),
+        (lambda: nn.Sequential(nn.Linear(4, 4), Demanding(4, 4)), {}, TypeError),
+        (with_inference_tensors, {"modules_to_save": "other"}, TypeError),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(5000, 5000)),
+            {"basis": SPARSE},
+            ValueError,
+        ),
+    ],
+)
+def test_a_failure_however_late_leaves_the_model_untouched(make, keywords, error):
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(error):
+        inject(model, rank=3, **keywords)
     same(snapshot(model), before)
 
 
@@ -369,9 +436,7 @@ def test_what_cannot_be_trained_cannot_be_saved():
     model.codes = nn.Module()
     model.codes.table = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
     before = snapshot(model)
-    with pytest.raises(
-        TypeError, match=r"modules_to_save must be .* 'codes' has 'table' of .*int8"
-    ):
+    with pytest.raises(TypeError, match=r"modules_to_save must be .* 'codes' has 'table', .*int8"):
         inject(model, rank=3, modules_to_save="codes")
     same(snapshot(model), before)
 

@@ -66,7 +66,11 @@ def test_initialisation_is_gamma_zero_and_lambda_constant():
 
 
 def test_the_default_scale_makes_the_update_as_large_as_gamma():
-    """Whatever the size and the rank: what Λ = 1/√m is for. 3 % is ten standard errors or more."""
+    """Whatever the size and the rank: what Λ = 1/√m is for.
+
+    A column of ΔW shares its Γ and A, so the spread of its variance is about √(2 / p): over p
+    columns the standard error of the whole is some 2 %.
+    """
     for size, rank in [(128, 2), (128, 64), (512, 4)]:
         layer = RandLoRALinear(size, size, rank=rank)
         nn.init.normal_(layer.randlora_gamma)
@@ -163,6 +167,36 @@ def test_copies_and_pickles_compute_the_same_and_still_share_a_bank(kind, duplic
         assert type(one) is type(other)
         assert torch.equal(one(x), other(x))
         assert one.randlora_gamma.data_ptr() != other.randlora_gamma.data_ptr()
+
+
+def test_a_copy_in_another_dtype_leaves_the_bases_of_the_original():
+    layer = RandLoRALinear(12, 20, rank=4, bank=BasisBank())
+    held = layer.bank.nbytes
+    other = copy.deepcopy(layer).double()
+    assert layer.bank.nbytes == 3 * held
+    del other
+    assert layer.bank.nbytes == held
+
+
+def test_a_copy_has_its_bases_at_once():
+    layer = RandLoRALinear(12, 20, rank=4, bank=BasisBank())
+    assert pickle.loads(pickle.dumps(layer)).bank.nbytes == layer.bank.nbytes > 0
+
+
+def test_from_linear_of_a_compiled_layer_does_not_go_on_calling_it():
+    linear = nn.Linear(12, 20)
+    linear.compile(backend="eager")
+    layer = trained(RandLoRALinear.from_linear(linear, rank=4))
+    x = torch.randn(3, 12)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_a_layer_made_in_inference_mode_can_be_trained():
+    linear = nn.Linear(12, 20)
+    with torch.inference_mode():
+        layer = RandLoRALinear.from_linear(linear, rank=4)
+    layer(torch.randn(3, 12)).sum().backward()
+    assert layer.randlora_gamma.grad.abs().max() > 0
 
 
 def test_layers_made_without_a_bank_share_one_and_do_not_keep_it():
@@ -278,6 +312,14 @@ def test_autocast_computes_in_its_dtype_and_rounds_the_weight_once():
     cases.assert_close(x.grad, exact.detach(), 8 * torch.finfo(torch.bfloat16).eps)
 
 
+def test_autocast_leaves_float64_alone():
+    layer = trained(RandLoRALinear(12, 20, rank=4)).double()
+    x = torch.randn(5, 12).double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x), layer.eval()(x))
+        assert layer(x).dtype == torch.float64
+
+
 @pytest.mark.parametrize("read", [lambda layer, x: layer(x), lambda layer, x: layer.weight])
 def test_backward_does_not_depend_on_autocast_being_on(read):
     layer = trained(RandLoRALinear(12, 20, rank=4))
@@ -311,6 +353,35 @@ def test_it_compiles_as_one_graph(kind, read):
     want = torch.autograd.grad(fn(x).sum(), layer.randlora_gamma)[0]
     assert torch.equal(compiled(x), fn(x))
     assert torch.equal(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiling_before_the_bases_are_drawn_says_what_to_do():
+    layer = trained(RandLoRALinear(12, 20, rank=4))
+    x = torch.randn(5, 12)
+
+    def fn(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return layer(x)
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="call the layer once before"):
+        torch.compile(fn, fullgraph=True, backend="eager")(x)
+    want = fn(x)
+    assert torch.equal(torch.compile(fn, fullgraph=True, backend="eager")(x), want)
+
+
+def test_torch_func_takes_gradients():
+    layer = trained(RandLoRALinear(12, 20, rank=4)).double()
+    x = torch.randn(5, 12, dtype=torch.float64)
+    parameters = {n: p.detach() for n, p in layer.named_parameters() if p.requires_grad}
+
+    def loss(parameters):
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    got = torch.func.grad(loss)(parameters)
+    want = torch.autograd.grad(layer(x).square().sum(), [layer.get_parameter(n) for n in got])
+    for one, other in zip(got.values(), want, strict=True):
+        cases.assert_close(one, other, 1e-12)
 
 
 def test_attention_that_only_reads_the_weight_sees_the_update():
@@ -361,18 +432,33 @@ def test_bad_arguments_are_refused_and_nothing_is_changed(keywords, error, messa
     assert linear.weight.requires_grad
 
 
+def with_scaling():
+    linear = nn.Linear(12, 20)
+    linear.scaling = 3.0
+    return linear
+
+
+def with_forward(linear):
+    linear.forward = linear.forward
+    return linear
+
+
 def quantised():
     linear = nn.Linear(12, 20)
     linear.weight = nn.Parameter(torch.zeros(20, 12, dtype=torch.int8), requires_grad=False)
     return linear
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: nn.Conv1d(3, 4, 1), "Conv1d is not an nn.Linear"),
         (lambda: nn.Bilinear(3, 4, 5), "Bilinear is not an nn.Linear"),
         (lambda: RandLoRALinear(3, 4, rank=1), "RandLoRALinear is adapted already"),
+        (lambda: nn.Linear(0, 4), "Linear has an empty weight"),
+        (with_scaling, "Linear has an attribute 'scaling' of its own"),
+        (lambda: with_forward(nn.Linear(3, 4)), "its forward is bound to it"),
         (lambda: nn.LazyLinear(4), "LazyLinear has no sizes before it is run once"),
         (quantised, "Linear has a weight of torch.int8, which is not floating"),
         (
@@ -411,4 +497,4 @@ def test_moving_to_cuda_changes_nothing(kind):
     before = layer(x)
     layer.cuda()
     cases.assert_close(layer(x.cuda()).cpu(), before, 1e-5)
-    assert {device.type for _, device, _ in layer.bank._stored} == {"cuda"}
+    assert {device.type for device, _ in layer.bank._stores} == {"cuda"}
