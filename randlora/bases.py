@@ -36,7 +36,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -44,12 +44,15 @@ import torch
 from torch import Tensor
 
 from randlora._checks import as_int, as_positive_int, as_real
+from randlora.operators import DenseOperator, GatherOperator, Operator, SignOperator
 
-__all__ = ["KINDS", "BasisBank", "Operator", "Store"]
+__all__ = ["KINDS", "BasisBank", "Store"]
 
 FORMAT_VERSION: Final = 1
 _PRIME: Final = 524287  # 2^19 - 1: a sum of 2^14 products of residues is exact in float64
-_ROWS: Final = 256  # rows generated, or columns cast, at a time: bounds the transient memory
+_ROWS: Final = 256  # rows drawn at a time: bounds the transient memory
+# Up to this density gathering beats dense products, in float32 and bfloat16: benchmarks/README.md.
+GATHER_DENSITY: Final = 1 / 8
 _BASE_A: Final = 0
 _BASE_B: Final = 1
 
@@ -204,65 +207,6 @@ def _set_pivots(signs: npt.NDArray[np.int8]) -> None:
         s[hi:, hi:] = (s[hi:, hi:] - s[hi:, lo:hi] @ s[lo:hi, hi:]) % _PRIME
 
 
-# --- operators: how the kernel meets B -----------------------------------------------------------
-
-
-class Operator(Protocol):
-    """``B``, shape ``(q, m)``, as the kernel meets it: known by its products alone."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(q, m)``."""
-        ...
-
-    def mm(self, c: Tensor) -> Tensor:
-        """``B c``: ``(m, k)`` to ``(q, k)``, in the dtype of ``c``."""
-        ...
-
-    def tmm(self, g: Tensor) -> Tensor:
-        """``Bᵀ g``: ``(q, k)`` to ``(m, k)``, in the dtype of ``g``."""
-        ...
-
-
-class DenseOperator:
-    """A ``B`` stored in the dtype it is applied in."""
-
-    def __init__(self, entries: Tensor) -> None:
-        self.entries = entries
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        q, m = self.entries.shape
-        return q, m
-
-    def mm(self, c: Tensor) -> Tensor:
-        return self.entries @ c
-
-    def tmm(self, g: Tensor) -> Tensor:
-        return self.entries.T @ g
-
-
-class SignOperator:
-    """A ``B`` of one magnitude, stored as int8 signs and cast a slice of the result at a time."""
-
-    def __init__(self, signs: Tensor, scale: float) -> None:
-        self.signs = signs
-        self.scale = scale
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        q, m = self.signs.shape
-        return q, m
-
-    def mm(self, c: Tensor) -> Tensor:
-        slices = torch.split(self.signs, _ROWS)
-        return torch.cat([signs.to(c.dtype) @ c for signs in slices]) * self.scale
-
-    def tmm(self, g: Tensor) -> Tensor:
-        slices = torch.split(self.signs, _ROWS, 1)
-        return torch.cat([signs.to(g.dtype).T @ g for signs in slices]) * self.scale
-
-
 # --- the bank ------------------------------------------------------------------------------------
 
 
@@ -284,7 +228,7 @@ class BasisBank:
             normal        normal                                                 compute dtype
             binary        ±1                                                     int8
             sparse        ±√(s/2) with probability 1/s each, else 0; s = 6       int8
-            very_sparse   the same with s = 32, or √q of the largest layer       int8
+            very_sparse   the same with s = 32, or √q of the largest layer       non-zeros
                           where ``inject`` makes the bank (paper, section 6.4)
             ============  =====================================================  ================
 
@@ -355,10 +299,14 @@ class BasisBank:
         return KINDS[self.kind].b.scale(self.sparsity or 2.0)
 
     @property
+    def density(self) -> float:
+        """The share of the entries of ``B`` that is not zero."""
+        return 1.0 if self.sparsity is None else 2 / self.sparsity
+
+    @property
     def nbytes(self) -> int:
         """Bytes of bases held for layers at the moment, on all devices."""
-        tensors = [tensor for store in self._stores.values() for tensor in store.tensors.values()]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        return sum(store.nbytes for store in self._stores.values())
 
     def reserve(self, r: int, p: int, q: int, m: int) -> None:
         """Announce that a layer will use ``A[:r, :p]`` and ``B[:q, :m]``; draws nothing.
@@ -408,28 +356,44 @@ def refuse_to_draw_while_compiling() -> None:
 
 
 class Store:
-    """The bases of one bank on one device, for computing in one dtype."""
+    """The bases of one bank on one device, for computing in one dtype.
+
+    Continuous kinds are held in that dtype and sign kinds as int8, once for all layers, which see
+    leading blocks. A ``B`` sparse enough to be applied by gathering is held by its non-zeros, once
+    for each shape.
+    """
 
     def __init__(self, bank: BasisBank, device: torch.device, dtype: torch.dtype) -> None:
         self.bank = bank
         self.device = device
         self.dtype = dtype
         self.tensors: dict[int, Tensor] = {}
+        self.gathers: dict[tuple[int, int], GatherOperator] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        tensors = sum(t.untyped_storage().nbytes() for t in self.tensors.values())
+        return tensors + sum(gather.nbytes for gather in self.gathers.values())
 
     def operands(self, r: int, p: int, q: int, m: int) -> tuple[Tensor, Operator]:
-        """``A[:r, :p]`` and ``B[:q, :m]``, views of what is held.
+        """``A[:r, :p]`` and ``B[:q, :m]``.
 
         They are drawn now if they are not there or too small: not inside a compiled function, which
         cannot draw.
         """
-        a, b = self._hold(_BASE_A, r, p), self._hold(_BASE_B, q, m)
-        return a, SignOperator(b, self.bank.scale) if self.bank.signs else DenseOperator(b)
-
-    def draw(self) -> None:
-        """Draw what is reserved, unless it is there or the device is meta."""
-        if self.device.type != "meta":
-            for base, size in enumerate(self.bank.sizes):
-                self._hold(base, *size)
+        bank = self.bank
+        a = self._hold(_BASE_A, r, p)
+        # Measured on a CPU; on other devices dense products have the better of it.
+        if bank.density <= GATHER_DENSITY and self.device.type == "cpu":
+            if (q, m) not in self.gathers:
+                refuse_to_draw_while_compiling()
+                with torch.inference_mode(False):
+                    signs = bank.draw(_BASE_B, (q, m), self.device, self.dtype)
+                    self.gathers[q, m] = GatherOperator(signs, bank.scale, self.dtype)
+            return a, self.gathers[q, m]
+        b = self._hold(_BASE_B, q, m)
+        return a, SignOperator(b, bank.scale) if bank.signs else DenseOperator(b)
 
     def _hold(self, base: int, rows: int, columns: int) -> Tensor:
         held = self.tensors.get(base)

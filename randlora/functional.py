@@ -15,115 +15,151 @@ One matrix carries the whole gradient. With ``G = dyᵀ x``, transposed if wide,
     dΓ[j,c] = Σ_k P[(j,k),c] A[k,c] Λ[j,k]
     dx = dy (W0 + ΔW)
 
-``C``, ``ΔW`` and ``P`` live only inside a call. Of the ways to bracket these products this module
-takes the one through the weight: full fine-tuning's own three products, and three of ``m p q``,
-which add ``p / T`` of their cost; :class:`_Linear` is where another choice would be made.
+Three products, ``x (B C)ᵀ``, ``dy (B C)`` and ``Bᵀ G``, each of which may be taken through the
+weight or through the activations; :mod:`randlora.planning` decides. ``C``, ``ΔW``, ``G`` and ``P``
+have the ``p`` columns in common, live only inside a call, and are worked through in tiles of these
+columns, of at most :data:`TRANSIENT_BYTES` each.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from randlora.bases import Operator
+from randlora.operators import Operator
+from randlora.planning import AUTOMATIC, Choice, Plan, Work, choose
 
-__all__ = ["delta_weight", "randlora_linear"]
+__all__ = ["TRANSIENT_BYTES", "delta_weight", "randlora_linear"]
 
-
-# shape: a (r, p), lam (n, r), gamma (n, p) -> (m, p)
-def _khatri_rao(a: Tensor, lam: Tensor, gamma: Tensor, scaling: float) -> Tensor:
-    """``scaling · C``, rounded once to the dtype of ``a``."""
-    c = (scaling * lam).unsqueeze(2) * a * gamma.unsqueeze(1)
-    return c.flatten(0, 1).to(a.dtype)
+# The one knob for memory: no temporary matrix of the shape of the weight, of C or of P is larger. A
+# layer of 14336 x 4096 in float32 is just within it.
+TRANSIENT_BYTES: Final = 256 * 2**20
 
 
-# shape: a (r, p), lam (n, r), gamma (n, p), g (q, p) -> (n, r), (n, p)
-def _parameter_grads(
-    a: Tensor,
-    b: Operator,
-    lam: Tensor,
-    gamma: Tensor,
-    g: Tensor,
-    scaling: float,
-    needs: tuple[bool, bool],
+# --- the pieces, on matrices ---------------------------------------------------------------------
+
+
+def tile_width(rows: int, itemsize: int) -> int:
+    """Columns of a tile of so many rows: as many as the knob allows, and no fewer than 128."""
+    return max(128, TRANSIENT_BYTES // (rows * itemsize))
+
+
+class _Update:
+    """``ΔW``, by its factors: all that the products need of it, tile by tile of its p columns."""
+
+    def __init__(self, lam: Tensor, gamma: Tensor, a: Tensor, b: Operator, scaling: float) -> None:
+        self.lam, self.gamma, self.a, self.b = lam, gamma, a, b
+        self.scaling = scaling * b.scale
+
+    def tiles(self) -> list[slice]:
+        """Slices of the columns, in which nothing larger than the knob is made."""
+        p = self.a.shape[1]
+        width = tile_width(max(self.b.shape), self.a.element_size())
+        return [slice(lo, min(lo + width, p)) for lo in range(0, p, width)]
+
+    # shape: -> (m, tile)
+    def c(self, tile: slice) -> Tensor:
+        """``scaling · C``, rounded once to the dtype of ``A``."""
+        c = (self.scaling * self.lam).unsqueeze(2) * self.a[:, tile]
+        return (c * self.gamma[:, tile].unsqueeze(1)).flatten(0, 1).to(self.a.dtype)
+
+    # shape: weight (out, in) -> (q, tile), (tile, q) if wide
+    def effective(self, weight: Tensor, tile: slice) -> Tensor:
+        """The columns (rows, if wide) of ``W0 + ΔW``, rounded once to the dtype of ``A``."""
+        c, wide = self.c(tile), _is_wide(weight)
+        base = weight[tile] if wide else weight[:, tile]
+        if base.dtype != c.dtype:  # autocast: W0 is of a wider dtype
+            delta = self.b.mm(c)
+            return (base + (delta.T if wide else delta)).to(c.dtype)
+        return self.b.addmm_t(base, c) if wide else self.b.addmm(base, c)
+
+    # shape: p_tile (m, tile) -> (n, r), (n, tile)
+    def parameter_grads(
+        self, p_tile: Tensor, tile: slice, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The share of a tile in ``dΛ``, and its ``dΓ``, from ``P / scaling``, as far as needed."""
+        wider = torch.promote_types(self.lam.dtype, self.a.dtype)
+        pa = p_tile.reshape(*self.lam.shape, -1).to(wider) * (self.scaling * self.a[:, tile])
+        d_lam = d_gamma = None
+        if needs[0]:
+            d_lam = (pa @ self.gamma[:, tile].to(wider).unsqueeze(2)).squeeze(2)
+        if needs[1]:
+            d_gamma = (self.lam.to(wider).unsqueeze(1) @ pa).squeeze(1)
+        return d_lam, d_gamma
+
+
+def _summed(
+    update: _Update, shares: list[tuple[Tensor | None, Tensor | None]]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``dΛ`` and ``dΓ``, as needed, from ``G``; summed in the wider dtype of ``Λ`` and ``A``."""
-    wider = torch.promote_types(lam.dtype, a.dtype)
-    pa = b.tmm(g).view(*lam.shape, -1).to(wider) * (scaling * a)  # (n, r, p)
-    d_lam = d_gamma = None
-    if needs[0]:
-        d_lam = (pa @ gamma.to(wider).unsqueeze(2)).squeeze(2).to(lam.dtype)
-    if needs[1]:
-        d_gamma = (lam.to(wider).unsqueeze(1) @ pa).squeeze(1).to(gamma.dtype)
-    return d_lam, d_gamma
+    """``dΛ`` and ``dΓ`` of all tiles."""
+    lams = [d_lam for d_lam, _ in shares if d_lam is not None]
+    gammas = [d_gamma for _, d_gamma in shares if d_gamma is not None]
+    d_lam = torch.stack(lams).sum(0) if len(lams) > 1 else lams[0] if lams else None
+    d_gamma = torch.cat(gammas, 1) if len(gammas) > 1 else gammas[0] if gammas else None
+    return (
+        None if d_lam is None else d_lam.to(update.lam.dtype),
+        None if d_gamma is None else d_gamma.to(update.gamma.dtype),
+    )
 
 
-# shape: -> (out, in)
-def _update(
-    a: Tensor, b: Operator, lam: Tensor, gamma: Tensor, scaling: float, wide: bool
-) -> Tensor:
-    delta = b.mm(_khatri_rao(a, lam, gamma, scaling))
-    return delta.T if wide else delta
+# --- the autograd functions ----------------------------------------------------------------------
 
 
-# shape: weight (out, in) -> (out, in)
-def _effective(
-    weight: Tensor, a: Tensor, b: Operator, lam: Tensor, gamma: Tensor, scaling: float, wide: bool
-) -> Tensor:
-    """``W0 + ΔW`` in the dtype of ``a``, which under autocast is lower than that of ``W0``."""
-    return (weight + _update(a, b, lam, gamma, scaling, wide)).to(a.dtype)
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast has matrix products computed in, or None where it is off."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
-
-
-def _autocast_off(device: torch.device) -> AbstractContextManager[Any]:
-    """Inside a function the dtypes are chosen already, for backward as for forward."""
-    on = autocast_dtype(device) is not None
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
-
-
-class _DeltaWeight(torch.autograd.Function):
-    """``Λ, Γ -> ΔW``, keeping only ``Λ`` and ``Γ`` for backward."""
+class _EffectiveWeight(torch.autograd.Function):
+    """``W0, Λ, Γ -> W0 + ΔW``, or ``ΔW`` without ``W0``, keeping only ``Λ`` and ``Γ``."""
 
     @staticmethod
     def forward(
-        lam: Tensor, gamma: Tensor, a: Tensor, b: Operator, scaling: float, wide: bool
+        weight: Tensor | None,
+        lam: Tensor,
+        gamma: Tensor,
+        a: Tensor,
+        b: Operator,
+        scaling: float,
+        wide: bool,
     ) -> Tensor:
         with _autocast_off(lam.device):
-            return _update(a, b, lam, gamma, scaling, wide)
+            update = _Update(lam, gamma, a, b, scaling)
+            if weight is None:
+                delta = _joined([b.mm(update.c(tile)) for tile in update.tiles()], 1)
+                return delta.T if wide else delta
+            parts = [update.effective(weight, tile) for tile in update.tiles()]
+            return _joined(parts, 0 if wide else 1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        lam, gamma, ctx.a, ctx.b, ctx.scaling, ctx.wide = inputs
+        _, lam, gamma, ctx.a, ctx.b, ctx.scaling, ctx.wide = inputs
         ctx.save_for_backward(lam, gamma)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = grads
+        (dw,) = grads
         lam, gamma = ctx.saved_tensors
-        with _autocast_off(g.device):
-            g = g.T if ctx.wide else g
-            needs = ctx.needs_input_grad[:2]
-            d_lam, d_gamma = _parameter_grads(ctx.a, ctx.b, lam, gamma, g, ctx.scaling, needs)
-        return d_lam, d_gamma, None, None, None, None
+        needs_weight, needs_lam, needs_gamma, *_ = ctx.needs_input_grad
+        d_lam = d_gamma = None
+        with _autocast_off(dw.device):
+            if needs_lam or needs_gamma:
+                update = _Update(lam, gamma, ctx.a, ctx.b, ctx.scaling)
+                g = dw.T if ctx.wide else dw
+                d_lam, d_gamma = _summed(
+                    update,
+                    [
+                        update.parameter_grads(ctx.b.tmm(g[:, t]), t, (needs_lam, needs_gamma))
+                        for t in update.tiles()
+                    ],
+                )
+        return (dw if needs_weight else None, d_lam, d_gamma, None, None, None, None)
 
 
 class _Linear(torch.autograd.Function):
-    """``x, W0, bias, Λ, Γ -> x (W0 + ΔW)ᵀ + bias``, keeping ``x``, ``Λ``, ``Γ`` and references.
+    """``x, W0, bias, Λ, Γ -> y``, and as the plan says ``(x B)ᵀ`` and ``W0 + ΔW``, to be kept.
 
-    Only what the requested gradients need is saved and computed. The backward is made of
-    differentiable operations, so it can be differentiated in turn.
+    What is kept is an output, so that backward, made of differentiable operations, can be
+    differentiated in turn. Only what the gradients asked for need is kept and computed.
     """
 
     @staticmethod
@@ -136,48 +172,161 @@ class _Linear(torch.autograd.Function):
         a: Tensor,
         b: Operator,
         scaling: float,
-    ) -> Tensor:
-        out_features, in_features = weight.shape
+        plan: Plan,
+    ) -> tuple[Tensor, ...]:
         with _autocast_off(x.device):
-            w = _effective(weight, a, b, lam, gamma, scaling, out_features < in_features)
-            return F.linear(x, w, bias if bias is None else bias.to(x.dtype))
+            update = _Update(lam, gamma, a, b, scaling)
+            wide = _is_wide(weight)
+            rows = x.reshape(-1, x.shape[-1])
+            bias = bias if bias is None else bias.to(x.dtype)
+            kept: list[Tensor] = []
+            by_tokens = plan.forward == "activations"
+            if wide and (by_tokens or plan.keeps == "xb"):
+                xb = b.tmm_t(rows)
+                kept = [xb] if plan.keeps == "xb" else []
+            if by_tokens:
+                y = F.linear(rows, weight.to(x.dtype), bias)
+                y = _add_through(update, y, xb) if wide else _add_back(update, y, rows)
+            elif plan.keep_weight:
+                parts = [update.effective(weight, tile) for tile in update.tiles()]
+                w = _joined(parts, 0 if wide else 1)
+                y, kept = F.linear(rows, w, bias), [*kept, w]
+            else:
+                y = _by_weight(update, weight, rows, bias)
+            return (y.view(*x.shape[:-1], len(weight)), *kept)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, lam, gamma, ctx.a, ctx.b, ctx.scaling = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        x, weight, _, lam, gamma, ctx.a, ctx.b, ctx.scaling, plan = inputs
         needs_x, needs_weight, _, needs_lam, needs_gamma, *_ = ctx.needs_input_grad
-        out_features, in_features = weight.shape
-        ctx.wide = out_features < in_features
+        kept = list(output[1:])
+        xb = kept.pop(0) if plan.keeps == "xb" else None
+        w = kept.pop(0) if plan.keep_weight else None
+        needs_activation = needs_weight or needs_lam or needs_gamma
+        ctx.set_materialize_grads(False)
+        ctx.plan, ctx.wide, ctx.shape = plan, _is_wide(weight), x.shape
         ctx.save_for_backward(
-            x if needs_weight or needs_lam or needs_gamma else None,
-            weight if needs_x else None,
+            x if needs_activation and xb is None else None,
+            xb if needs_activation else None,
+            weight if needs_x and w is None else None,
+            w if needs_x else None,
             lam,
             gamma,
         )
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        x, weight, lam, gamma = ctx.saved_tensors
-        a, b, scaling = ctx.a, ctx.b, ctx.scaling
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        x: Any
+        x, xb, weight, w, lam, gamma = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_lam, needs_gamma, *_ = ctx.needs_input_grad
+        needs, plan, wide, b = (needs_lam, needs_gamma), ctx.plan, ctx.wide, ctx.b
+        # Those of what was kept come from second derivatives alone.
+        dy, *of_kept = grads
+        dxb = of_kept.pop(0) if plan.keeps == "xb" else None
+        dw = of_kept.pop(0) if plan.keep_weight else None
+        if dy is None:
+            dy = ctx.a.new_zeros(*ctx.shape[:-1], ctx.a.shape[1] if wide else b.shape[0])
 
-        dx = d_weight = d_bias = d_lam = d_gamma = None
-        rows = dy.reshape(-1, dy.shape[-1])  # (T, out)
+        dx: Any = None
+        d_weight: Any = None
+        d_bias = d_lam = d_gamma = None
         with _autocast_off(dy.device):
+            update = _Update(lam, gamma, ctx.a, b, ctx.scaling)
+            rows = dy.reshape(-1, dy.shape[-1])  # (T, out)
+            x = x if x is None else x.reshape(-1, x.shape[-1])  # (T, in)
+            by_tokens = plan.grad_parameters == "activations" and any(needs)
+            shared = by_tokens or (needs_x and plan.grad_input == "activations")
+            dyb: Any = b.tmm_t(rows) if shared and not wide else None  # (m, T)
             if needs_x:
-                dx = dy @ _effective(weight, a, b, lam, gamma, scaling, ctx.wide)
+                if plan.grad_input == "weight":
+                    dx = rows @ w if w is not None else _by_weight_back(update, weight, rows)
+                else:
+                    dx = rows @ weight.to(rows.dtype)
+                    dx = _add_back(update, dx, rows) if wide else _add_through(update, dx, dyb)
+                dx = dx if dxb is None else b.addmm_t(dx, dxb)
+                dx = dx.view(ctx.shape)
             if needs_bias:
                 d_bias = rows.sum(0)
-            if x is not None:
-                g = rows.T @ x.reshape(-1, x.shape[-1])  # (out, in)
-                if needs_weight:
-                    d_weight = g
-                if needs_lam or needs_gamma:
-                    needs = needs_lam, needs_gamma
-                    g = g.T if ctx.wide else g
-                    d_lam, d_gamma = _parameter_grads(a, b, lam, gamma, g, scaling, needs)
-        return dx, d_weight, d_bias, d_lam, d_gamma, None, None, None
+            if needs_weight:
+                d_weight = rows.T @ x if dw is None else torch.addmm(dw, rows.T, x)
+            if any(needs):
+                left = (xb if xb is not None else b.tmm_t(x)) if by_tokens and wide else dyb
+                shares = []
+                p: Any
+                for tile in update.tiles():
+                    if by_tokens:
+                        p = left @ (rows if wide else x)[:, tile]  # (m, tile)
+                        g = dw
+                    elif needs_weight:
+                        p, g = None, d_weight
+                    else:
+                        g = x.T @ rows[:, tile] if wide else rows.T @ x[:, tile]  # (q, tile)
+                        p = b.tmm(g)
+                        g = dw
+                    if g is not None:
+                        more = b.tmm(g[tile].T if wide else g[:, tile])
+                        p = more if p is None else p + more
+                    shares.append(update.parameter_grads(p, tile, needs))
+                d_lam, d_gamma = _summed(update, shares)
+        return dx, d_weight, d_bias, d_lam, d_gamma, None, None, None, None
+
+
+def _is_wide(weight: Tensor) -> bool:
+    return weight.shape[0] < weight.shape[1]
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+# shape: weight (out, in), rows (T, in) -> (T, out)
+def _by_weight(update: _Update, weight: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """``x (W0 + ΔW)ᵀ + bias``."""
+    tiles = update.tiles()
+    if len(tiles) == 1:
+        return F.linear(rows, update.effective(weight, tiles[0]), bias)
+    if _is_wide(weight):
+        parts = [
+            F.linear(rows, update.effective(weight, t), bias if bias is None else bias[t])
+            for t in tiles
+        ]
+        return torch.cat(parts, 1)
+    y = rows.new_zeros(len(rows), len(weight)) if bias is None else bias.repeat(len(rows), 1)
+    for tile in tiles:
+        y = torch.addmm(y, rows[:, tile], update.effective(weight, tile).T)
+    return y
+
+
+# shape: weight (out, in), rows (T, out) -> (T, in)
+def _by_weight_back(update: _Update, weight: Tensor, rows: Tensor) -> Tensor:
+    """``dy (W0 + ΔW)``."""
+    if not _is_wide(weight):
+        return _joined([rows @ update.effective(weight, tile) for tile in update.tiles()], 1)
+    first, *rest = update.tiles()
+    dx = rows[:, first] @ update.effective(weight, first)
+    for tile in rest:
+        dx = torch.addmm(dx, rows[:, tile], update.effective(weight, tile))
+    return dx
+
+
+# shape: total (T, p), left (m, T) -> (T, p)
+def _add_through(update: _Update, total: Tensor, left: Tensor) -> Tensor:
+    """``total + leftᵀ C``: after ``x B`` in a wide layer, after ``dy B`` in a tall one."""
+    parts = [torch.addmm(total[:, t], left.T, update.c(t)) for t in update.tiles()]
+    return _joined(parts, 1)
+
+
+# shape: total (T, q), rows (T, p) -> (T, q)
+def _add_back(update: _Update, total: Tensor, rows: Tensor) -> Tensor:
+    """``total + rows Cᵀ Bᵀ``: forward in a tall layer, the gradient of the input in a wide one."""
+    first, *rest = update.tiles()
+    inner = update.c(first) @ rows[:, first].T  # (m, T)
+    for tile in rest:
+        inner = torch.addmm(inner, update.c(tile), rows[:, tile].T)
+    return update.b.addmm_t(total, inner)
+
+
+# --- the interface -------------------------------------------------------------------------------
 
 
 def delta_weight(
@@ -200,8 +349,22 @@ def delta_weight(
         ValueError: if the shapes do not fit each other.
     """
     _check_shapes(lam, gamma, a, b)
-    delta: Tensor = _DeltaWeight.apply(lam, gamma, a, b, scaling, wide)  # type: ignore[no-untyped-call]
+    delta: Tensor = _EffectiveWeight.apply(None, lam, gamma, a, b, scaling, wide)  # type: ignore[no-untyped-call]
     return delta
+
+
+def effective_weight(
+    weight: Tensor, lam: Tensor, gamma: Tensor, a: Tensor, b: Operator, *, scaling: float = 1.0
+) -> Tensor:
+    """Return ``W0 + ΔW``, shape ``(out, in)``, differentiable in ``W0``, ``Λ`` and ``Γ``.
+
+    Arguments and errors are those of :func:`randlora_linear`. In low precision the sum is rounded
+    once.
+    """
+    _check_shapes(lam, gamma, a, b)
+    _check_weight(weight, gamma, b)
+    w: Tensor = _EffectiveWeight.apply(weight, lam, gamma, a, b, scaling, _is_wide(weight))  # type: ignore[no-untyped-call]
+    return w
 
 
 def randlora_linear(
@@ -214,11 +377,12 @@ def randlora_linear(
     b: Operator,
     *,
     scaling: float = 1.0,
+    choice: Choice = AUTOMATIC,
 ) -> Tensor:
     """Return ``x (W0 + ΔW)ᵀ + bias``, differentiable in every tensor but the bases.
 
-    The layer is tall or wide as ``weight`` is. Backward keeps ``x``, ``Λ``, ``Γ`` and the weight by
-    reference, nothing else.
+    The layer is tall or wide as ``weight`` is. Backward keeps one activation, ``x`` or ``x B``,
+    beside ``Λ``, ``Γ`` and the weight by reference.
 
     Args:
         x: shape ``(..., in)`` with any number of leading dimensions, floating.
@@ -229,6 +393,7 @@ def randlora_linear(
         a: ``A``, shape ``(r, p)``, in the dtype of ``x``.
         b: ``B``, an operator of shape ``(q, n·r)``.
         scaling: the factor of the update.
+        choice: what is fixed of the plan; the planner chooses the rest by cost.
 
     Returns:
         Shape ``(..., out)``, in the dtype of ``x``.
@@ -238,14 +403,43 @@ def randlora_linear(
         ValueError: if the shapes do not fit each other.
     """
     _check_shapes(lam, gamma, a, b)
-    if {*weight.shape} != {b.shape[0], gamma.shape[1]}:
-        raise ValueError(
-            f"weight of shape {tuple(weight.shape)} does not fit bases for "
-            f"q={b.shape[0]} and p={gamma.shape[1]}"
-        )
+    _check_weight(weight, gamma, b)
     check_input(x, weight.shape[1], a.dtype)
-    y: Tensor = _Linear.apply(x, weight, bias, lam, gamma, a, b, scaling)  # type: ignore[no-untyped-call]
+    on = torch.is_grad_enabled()
+    work = Work(
+        tokens=x.numel() // x.shape[-1],
+        p=a.shape[1],
+        q=b.shape[0],
+        m=b.shape[1],
+        wide=_is_wide(weight),
+        needs_input=on and x.requires_grad,
+        needs_parameters=on and (lam.requires_grad or gamma.requires_grad),
+        needs_weight=on and weight.requires_grad,
+        weight_cost=b.weight_cost,
+        token_cost=b.token_cost,
+    )
+    # A compiler takes no caches.
+    plan = (choose.__wrapped__ if torch.compiler.is_compiling() else choose)(work, choice)
+    kept = _Linear.apply(x, weight, bias, lam, gamma, a, b, scaling, plan)  # type: ignore[no-untyped-call]
+    y: Tensor = kept[0]
     return y
+
+
+# --- dtypes and checks ---------------------------------------------------------------------------
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast has matrix products computed in, or None where it is off."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def _autocast_off(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside a function the dtypes are chosen already, for backward as for forward."""
+    on = autocast_dtype(device) is not None
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def check_input(x: Tensor, in_features: int, dtype: torch.dtype) -> None:
@@ -270,3 +464,11 @@ def _check_shapes(lam: Tensor, gamma: Tensor, a: Tensor, b: Operator) -> None:
                 f"{name} must have shape {needed} beside lam of shape {(n, r)} and gamma of shape "
                 f"{tuple(gamma.shape)}, got {tuple(got)}"
             )
+
+
+def _check_weight(weight: Tensor, gamma: Tensor, b: Operator) -> None:
+    if {*weight.shape} != {b.shape[0], gamma.shape[1]}:
+        raise ValueError(
+            f"weight of shape {tuple(weight.shape)} does not fit bases for "
+            f"q={b.shape[0]} and p={gamma.shape[1]}"
+        )

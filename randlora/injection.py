@@ -115,15 +115,13 @@ def inject(
     bank = _bank(basis, seed, [m for m in supported if m not in heads] or targets)
 
     adaptations = [Adaptation(layer, settings[layer], bank) for layer in targets]
-    wanted = {(layer.weight.device, layer.weight.dtype) for layer in targets}
-    stores = [bank.store(device, dtype) for device, dtype in wanted]
-    for store in stores:
-        store.draw()
+    for adaptation in adaptations:  # all have reserved their sizes
+        adaptation.draw_bases()
 
     # All that can fail is done.
     model.requires_grad_(False)
     for adaptation in adaptations:
-        adaptation.apply().draw_bases()
+        adaptation.apply()
     for module in saved:
         module.requires_grad_(True)
         setattr(module, _SAVED, True)

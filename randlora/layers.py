@@ -13,8 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora._checks import as_positive_int, as_real, as_scaling
-from randlora.bases import BasisBank, DenseOperator, Operator, Store, refuse_to_draw_while_compiling
-from randlora.functional import autocast_dtype, check_input, delta_weight, randlora_linear
+from randlora.bases import BasisBank, Store, refuse_to_draw_while_compiling
+from randlora.functional import (
+    autocast_dtype,
+    check_input,
+    delta_weight,
+    effective_weight,
+    randlora_linear,
+)
+from randlora.operators import DenseOperator, Operator
+from randlora.planning import AUTOMATIC, Choice
 
 __all__ = ["Adaptation", "RandLoRALinear", "Settings", "unsupported"]
 
@@ -74,6 +82,7 @@ class RandLoRALinear(nn.Linear):
     """
 
     base_class: ClassVar[type[nn.Linear]] = nn.Linear
+    choice: Choice = AUTOMATIC
 
     randlora_lambda: nn.Parameter
     randlora_gamma: nn.Parameter
@@ -154,7 +163,9 @@ class RandLoRALinear(nn.Linear):
         if "randlora_gamma" not in self._parameters:
             return base  # nn.Linear.__init__ is still at work
         try:
-            return base + self.delta_weight()
+            a, b = self.operands(base.dtype)
+            lam, gamma = self.randlora_lambda, self.randlora_gamma
+            return effective_weight(base, lam, gamma, a, b, scaling=self.scaling)
         except AttributeError as error:
             # Python would go on to Module.__getattr__, which has a "weight": the base one.
             raise RuntimeError(f"the effective weight could not be computed: {error}") from error
@@ -194,7 +205,10 @@ class RandLoRALinear(nn.Linear):
             update = delta_weight(lam, gamma, a, b, scaling=scaling, wide=self._wide)
             dropped = F.dropout(input, self.dropout)
             return F.linear(input, weight, bias) + F.linear(dropped, update)
-        return randlora_linear(input, weight, bias, lam, gamma, a, b, scaling=scaling)
+        choice = self.choice
+        return randlora_linear(
+            input, weight, bias, lam, gamma, a, b, scaling=scaling, choice=choice
+        )
 
     def reset_parameters(self) -> None:
         """Draw the base weight and bias anew, and set the update back to its start."""
@@ -351,7 +365,16 @@ class Adaptation:
                 for width in (r, p)
             )
         _reset(self.lam, self.gamma)
+        self.sizes = r, p, q, n * r
         self.state = {**asdict(settings), "bank": bank, "_stores": {}}
+
+    def draw_bases(self) -> None:
+        """Have the bank draw what the layer will need, and hold it for it."""
+        weight = self.linear.weight
+        if not weight.is_meta:
+            store = self.state["bank"].store(weight.device, weight.dtype)
+            store.operands(*self.sizes)
+            self.state["_stores"] = {(weight.device, weight.dtype): store}
 
     def apply(self) -> RandLoRALinear:
         """Change the layer, freeze what it had, and return it."""

@@ -1,6 +1,7 @@
 """The kernel against the oracle and against finite differences, in float64."""
 
 import itertools
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from randlora import BasisBank, reference
 from randlora.functional import delta_weight, randlora_linear
+from randlora.planning import Choice, Work, plans
 from tests import cases
 from tests.cases import assert_close, case
 
@@ -18,11 +20,13 @@ MASKS = {k: list(itertools.product([False, True], repeat=k)) for k in (2, 5)}
 SHAPES = {"tall": (7, 5, 2), "wide": (4, 6, 3), "square": (5, 5, 2), "one": (1, 1, 1)}
 
 
-def run(fn, bases, leaves, probe):
+def run(fn, bases, leaves, probe, needed=None):
     """The value of ``fn`` and the gradients of its product with the probe."""
-    leaves = [t.detach().clone().requires_grad_() for t in leaves]
+    needed = needed or [True] * len(leaves)
+    leaves = [t.detach().clone().requires_grad_(n) for t, n in zip(leaves, needed, strict=True)]
     y = fn(*bases, *leaves)
-    return [y.detach(), *torch.autograd.grad((y * probe).sum(), leaves)]
+    inputs = [leaf for leaf in leaves if leaf.requires_grad]
+    return [y.detach(), *torch.autograd.grad((y * probe).sum(), inputs)]
 
 
 def agree(c, fast, slow, leaves):
@@ -55,6 +59,57 @@ def test_linear_and_all_its_gradients_are_the_oracle_s(c):
         return reference.linear(x, weight, bias, a, b, lam, gamma, scaling=c.scaling)
 
     agree(c, fast, slow, [c.x, c.weight, c.bias, c.lam, c.gamma])
+
+
+@given(cases.cases(), st.booleans(), st.booleans())
+def test_every_plan_gives_what_the_oracle_gives(c, needs_weight, tiled):
+    """Whatever plan the planner may return, in one piece or in tiles of columns."""
+    needed = [True, needs_weight, True, True, True]
+    work = Work(
+        tokens=1, p=c.p, q=c.q, m=c.n * c.r, wide=c.wide, needs_weight=needs_weight
+    )  # fmt: skip
+
+    def slow(a, b, x, weight, bias, lam, gamma):
+        return reference.linear(x, weight, bias, a, b, lam, gamma, scaling=c.scaling)
+
+    leaves = [c.x, c.weight, c.bias, c.lam, c.gamma]
+    probe = torch.randn(*c.x.shape[:-1], c.out_features, dtype=torch.float64)
+    want = run(slow, c.bases(), leaves, probe, needed)
+    sizes = run(slow, [t.abs() for t in c.bases()], [t.abs() for t in leaves], probe.abs(), needed)
+    for plan in plans(work):
+
+        def fast(a, b, x, weight, bias, lam, gamma, plan=plan):
+            choice = Choice(**asdict(plan))
+            return randlora_linear(
+                x, weight, bias, lam, gamma, a, b, scaling=c.scaling, choice=choice
+            )
+
+        with pytest.MonkeyPatch.context() as patch:
+            if tiled:
+                patch.setattr("randlora.functional.tile_width", lambda *_: 7)
+            got = run(fast, c.operands(), leaves, probe, needed)
+        for one, other, size in zip(got, want, sizes, strict=True):
+            assert_close(one, other, EXACT, size)
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "very_sparse"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_plan_passes_gradgradcheck(shape, kind, tiled, monkeypatch):
+    if tiled:
+        monkeypatch.setattr("randlora.functional.tile_width", lambda *_: 2)
+    inputs = linear_inputs(shape, [True, False, True, True, True], bias=True, kind=kind)
+    out_features, in_features, r = SHAPES[shape]
+    p, q = sorted((out_features, in_features))
+    for plan in plans(Work(tokens=6, p=p, q=q, m=-(-p // r) * r, wide=out_features < in_features)):
+        choice = Choice(**asdict(plan))
+
+        def fn(*inputs, choice=choice):
+            *tensors, a, b, scaling = inputs
+            return randlora_linear(*tensors, a, b, scaling=scaling, choice=choice)
+
+        assert torch.autograd.gradcheck(fn, inputs)
+        assert torch.autograd.gradgradcheck(fn, inputs)
 
 
 def linear_inputs(shape, mask, *, bias, kind="dense"):

@@ -19,9 +19,11 @@ SOURCE = Path(randlora.__file__).parent
 MAY_IMPORT = {
     "_checks": set(),
     "reference": set(),
-    "bases": {"_checks"},
-    "functional": {"bases"},  # for its types only
-    "layers": {"_checks", "bases", "functional"},
+    "operators": set(),
+    "planning": set(),
+    "bases": {"_checks", "operators"},
+    "functional": {"operators", "planning"},
+    "layers": {"_checks", "bases", "functional", "operators", "planning"},
     "injection": {"_checks", "bases", "layers"},
     "diagnostics": {"bases", "injection", "layers"},
 }
@@ -54,6 +56,10 @@ def test_imports_run_one_way(module):
     own, foreign = imports(SOURCE / f"{module}.py")
     assert own <= MAY_IMPORT[module]
     assert foreign <= sys.stdlib_module_names | {"numpy", "torch"}
+
+
+def test_planning_knows_no_tensors():
+    assert imports(SOURCE / "planning.py")[1] <= sys.stdlib_module_names
 
 
 def test_importing_is_free_of_compilers():

@@ -1,0 +1,475 @@
+"""Time and memory of a training step, side by side: this package, PEFT and full fine-tuning.
+
+All methods train the same stack in one process, in turn, after a warm-up; what counts are ratios of
+medians. Each layer is first compared with the oracle in float64. Peak memory is taken in a process
+of its own for each method.
+
+    python benchmarks/step.py [--cases NAME ...] [--rounds N] [--curves] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import randlora
+from randlora import reference
+from randlora.planning import Choice
+
+# --- what is trained -----------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Self-attention, its projections fused or apart."""
+
+    def __init__(self, d: int, heads: int, fused: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        names = ["qkv"] if fused else ["q", "k", "v"]
+        self.inputs = nn.ModuleList(nn.Linear(d, 3 * d // len(names), bias=fused) for _ in names)
+        self.proj = nn.Linear(d, d, bias=fused)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = torch.cat([layer(x) for layer in self.inputs], -1)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """A perceptron, or a gated one."""
+
+    def __init__(self, d: int, hidden: int, gated: bool) -> None:
+        super().__init__()
+        self.gate = nn.Linear(d, hidden, bias=False) if gated else None
+        self.up = nn.Linear(d, hidden, bias=not gated)
+        self.down = nn.Linear(hidden, d, bias=not gated)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up(x)
+        return self.down(F.gelu(up) if self.gate is None else F.silu(self.gate(x)) * up)
+
+
+class Block(nn.Module):
+    """A transformer block: a ViT's, or a Llama's."""
+
+    def __init__(self, d: int, heads: int, hidden: int, llama: bool) -> None:
+        super().__init__()
+        norm = nn.RMSNorm if llama else nn.LayerNorm
+        self.norm1, self.norm2 = norm(d), norm(d)
+        self.attn = Attention(d, heads, fused=not llama)
+        self.mlp = Mlp(d, hidden, gated=llama)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stack of blocks, its input and the ranks compared."""
+
+    d: int
+    heads: int
+    hidden: int
+    depth: int
+    batch: int
+    length: int
+    rank: int
+    llama: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        blocks = (Block(self.d, self.heads, self.hidden, self.llama) for _ in range(self.depth))
+        return nn.Sequential(*blocks).to(self.dtype)
+
+    def input(self) -> Tensor:
+        torch.manual_seed(1)
+        return torch.randn(self.batch, self.length, self.d).to(self.dtype)
+
+
+VIT = {"d": 768, "heads": 12, "hidden": 3072, "depth": 4, "length": 50, "rank": 6}
+LLAMA = {"d": 2048, "heads": 16, "hidden": 5632, "depth": 1, "length": 512, "rank": 16}
+BF16 = torch.bfloat16
+CASES = {
+    "vit-3200-fp32": Case(**VIT, batch=64),
+    "vit-3200-bf16": Case(**VIT, batch=64, dtype=BF16),
+    "vit-400-fp32": Case(**VIT, batch=8),
+    "vit-400-bf16": Case(**VIT, batch=8, dtype=BF16),
+    "llama-2048-fp32": Case(**LLAMA, batch=4, llama=True),
+    "llama-2048-bf16": Case(**LLAMA, batch=4, llama=True, dtype=BF16),
+}
+
+
+# --- the methods ---------------------------------------------------------------------------------
+
+
+def adapted_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def full(model: nn.Module, case: Case) -> nn.Module:
+    return model.requires_grad_(True)
+
+
+def ours(basis: str, choice: Choice | None = None) -> Callable[[nn.Module, Case], nn.Module]:
+    def prepare(model: nn.Module, case: Case) -> nn.Module:
+        randlora.inject(model, case.rank, basis=basis)
+        for layer in model.modules():
+            if isinstance(layer, randlora.RandLoRALinear):
+                nn.init.normal_(layer.randlora_gamma, std=1e-2)
+                if choice is not None:
+                    layer.choice = choice
+        return model
+
+    return prepare
+
+
+def peft_randlora(model: nn.Module, case: Case) -> nn.Module:
+    from peft import RandLoraConfig, get_peft_model
+
+    config = RandLoraConfig(r=case.rank, target_modules=adapted_names(model))
+    return get_peft_model(model, config)
+
+
+def peft_lora(model: nn.Module, case: Case) -> nn.Module:
+    """LoRA of the one rank that trains most nearly as many parameters."""
+    from peft import LoraConfig, get_peft_model
+
+    layers = [model.get_submodule(name) for name in adapted_names(model)]
+    p = [min(layer.weight.shape) for layer in layers]
+    trained = sum(-(-size // case.rank) * (case.rank + size) for size in p)
+    rank = max(1, round(trained / sum(sum(layer.weight.shape) for layer in layers)))
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=adapted_names(model))
+    return get_peft_model(model, config)
+
+
+METHODS: dict[str, Callable[[nn.Module, Case], nn.Module]] = {
+    "full fine-tuning": full,
+    "PEFT LoRA": peft_lora,
+    "PEFT RandLora": peft_randlora,
+    "dense": ours("dense"),
+    "sparse": ours("sparse"),
+    "very sparse": ours("very_sparse"),
+}
+
+
+def prepared(name: str, case: Case) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return METHODS[name](case.model(), case).train()
+
+
+# --- the oracle first ----------------------------------------------------------------------------
+
+
+def check(model: nn.Module, case: Case) -> None:
+    """Compare each kind of layer with the oracle in float64, values and gradients."""
+    seen = set()
+    for layer in model.modules():
+        if not isinstance(layer, randlora.RandLoRALinear) or layer.weight.shape in seen:
+            continue
+        seen.add(layer.base_weight.shape)
+        x = torch.randn(64, layer.in_features).to(case.dtype)
+        probe = torch.randn(64, layer.out_features).to(case.dtype)
+        lam, gamma = layer.randlora_lambda, layer.randlora_gamma
+        (r, p), (q, m) = layer._sizes
+        a, b = layer.bank.a(r, p).double(), layer.bank.b(q, m).double()
+        got = [x, lam, gamma]
+        want = [t.detach().double() for t in got]
+        for leaf in (x, *want):
+            leaf.requires_grad_()
+        y = layer(x)
+        bias = None if layer.bias is None else layer.bias.double()
+        exact = reference.linear(
+            want[0], layer.base_weight.double(), bias, a, b, *want[1:], scaling=layer.scaling
+        )
+        grads = torch.autograd.grad((y * probe).sum(), got)
+        exacts = torch.autograd.grad((exact * probe.double()).sum(), want)
+        tolerance = 16 * torch.finfo(case.dtype).eps * max(1, q**0.5 / 16)
+        for one, other in zip((y, *grads), (exact, *exacts), strict=True):
+            error = (one.double() - other).norm() / other.norm()
+            if not error <= tolerance:
+                raise SystemExit(f"{tuple(layer.weight.shape)}: {error:.1e} off the oracle")
+
+
+# --- time and memory -----------------------------------------------------------------------------
+
+
+class Run:
+    """One model with its optimiser, and the seconds of its steps."""
+
+    def __init__(self, name: str, case: Case) -> None:
+        self.model = prepared(name, case)
+        if name not in ("full fine-tuning", "PEFT LoRA", "PEFT RandLora"):
+            check(self.model, case)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(self.trained, lr=1e-4)
+        self.x = case.input()
+        self.seconds: dict[str, list[float]] = {"forward": [], "backward": [], "step": []}
+
+    def step(self) -> None:
+        self.optimiser.zero_grad()
+        start = time.perf_counter()
+        loss = self.model(self.x).float().square().mean()
+        forward = time.perf_counter()
+        loss.backward()
+        backward = time.perf_counter()
+        self.optimiser.step()
+        end = time.perf_counter()
+        for phase, value in zip(
+            self.seconds, (forward - start, backward - forward, end - start), strict=True
+        ):
+            self.seconds[phase].append(value)
+
+    def saved_bytes(self) -> int:
+        """Bytes kept for backward in storages that are no parameter's, buffer's or bank's."""
+        known = {t.untyped_storage().data_ptr() for t in self.model.parameters()}
+        known |= {t.untyped_storage().data_ptr() for t in self.model.buffers()}
+        known.add(self.x.untyped_storage().data_ptr())
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self.model(self.x).float().square().mean()
+        del loss
+        return sum(saved.values())
+
+
+def resident(field: str) -> int:
+    """A field of this process's status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return 1024 * int(line.split()[1])
+    raise SystemExit(f"no {field} in /proc/self/status")
+
+
+def peak(name: str, case: Case) -> int:
+    """Most resident memory of the second and third step, beyond what the imports take."""
+    import peft  # noqa: F401  (so that all methods start from the same)
+
+    before = resident("VmRSS")
+    run = Run(name, case)
+    run.step()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    run.step()
+    run.step()
+    return resident("VmHWM") - before
+
+
+def peak_in_own_process(name: str, case_name: str) -> int:
+    # Default malloc keeps what was freed; its fragments would be what is measured.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, __file__, "--peak", case_name, name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return int(done.stdout.split()[-1])
+
+
+def percentiles(values: list[float]) -> tuple[float, float, float]:
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return tenths[1], statistics.median(values), tenths[7]
+
+
+def gemm_rate(dtype: torch.dtype) -> float:
+    """Multiply-adds a second of a large matrix product, the best of five."""
+    a, b = torch.randn(3072, 3072).to(dtype), torch.randn(3072, 3072).to(dtype)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return 3072**3 / min(seconds[1:])
+
+
+def bench(case_name: str, rounds: int, memory: bool) -> list[dict[str, object]]:
+    case = CASES[case_name]
+    runs = {name: Run(name, case) for name in METHODS}
+    with tqdm(total=(rounds + 1) * len(runs), desc=case_name, leave=False) as bar:
+        for turn in range(rounds + 1):
+            for run in runs.values():
+                run.step()
+                if turn == 0:  # the warm-up
+                    run.seconds = {phase: [] for phase in run.seconds}
+                bar.update()
+    rows: list[dict[str, object]] = []
+    for name, run in runs.items():
+        row: dict[str, object] = {"case": case_name, "method": name}
+        row["trained"] = sum(p.numel() for p in run.trained)
+        for phase, values in run.seconds.items():
+            for label, value in zip(("p20", "p50", "p80"), percentiles(values), strict=True):
+                row[f"{phase}_{label}"] = value
+        row["saved_mib"] = run.saved_bytes() / 2**20
+        rows.append(row)
+    runs.clear()
+    for row in tqdm(rows, desc=f"{case_name}, memory", leave=False, disable=not memory):
+        row["peak_mib"] = (
+            peak_in_own_process(str(row["method"]), case_name) / 2**20 if memory else 0
+        )
+    return rows
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    by_name = {row["method"]: row for row in rows}
+    lines = [
+        f"| {'method':<16} | trained | forward | backward | step | of full | of PEFT RandLora "
+        "| of PEFT LoRA | saved | peak |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ratios = [
+            row["step_p50"] / by_name[name]["step_p50"]
+            for name in ("full fine-tuning", "PEFT RandLora", "PEFT LoRA")
+        ]
+        lines.append(
+            f"| {row['method']:<16} | {row['trained']:,} | {row['forward_p50']:.3f} s "
+            f"| {row['backward_p50']:.3f} s "
+            f"| {row['step_p50']:.3f} s ({row['step_p20']:.3f}-{row['step_p80']:.3f}) | "
+            + " | ".join(f"{ratio:.2f}" for ratio in ratios)
+            + f" | {row['saved_mib']:.0f} MiB | {row['peak_mib']:.0f} MiB |"
+        )
+    return "\n".join(lines)
+
+
+# --- curves --------------------------------------------------------------------------------------
+
+PURE = {
+    "weight": Choice("weight", "weight", "weight"),
+    "activations": Choice("activations", "activations", "activations"),
+}
+BASE = {"d": 768, "heads": 12, "hidden": 3072, "depth": 1, "length": 64, "rank": 6, "batch": 16}
+CURVES: dict[str, list[dict[str, int]]] = {
+    "tokens": [{"batch": batch} for batch in (1, 4, 8, 16, 32, 64)],
+    "d": [{"d": d, "hidden": 4 * d} for d in (192, 384, 768, 1536)],
+    "rank": [{"rank": rank} for rank in (2, 6, 24, 96)],
+    "depth": [{"depth": depth} for depth in (1, 2, 4)],
+}
+
+
+def curve_point(case: Case, rounds: int) -> dict[str, float]:
+    """Medians of a whole step: planned and pure ways of two kinds, and the others."""
+    methods = {name: METHODS[name] for name in ("full fine-tuning", "PEFT LoRA", "PEFT RandLora")}
+    for basis in ("dense", "very_sparse"):
+        methods[f"{basis}, planned"] = ours(basis)
+        for way, choice in PURE.items():
+            methods[f"{basis}, {way}"] = ours(basis, choice)
+    METHODS.update(methods)
+    runs = {name: Run(name, case) for name in methods}
+    for turn in range(rounds + 2):
+        for run in runs.values():
+            run.step()
+            if turn == 1:
+                run.seconds = {phase: [] for phase in run.seconds}
+    point = {name: statistics.median(run.seconds["step"]) for name, run in runs.items()}
+    banks = {
+        layer.bank for layer in runs["dense, planned"].model.modules() if hasattr(layer, "bank")
+    }
+    point["bank_mib"] = sum(bank.nbytes for bank in banks) / 2**20
+    return point
+
+
+def curves(rounds: int, folder: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows: list[dict[str, object]] = []
+    total = sum(map(len, CURVES.values()))
+    with tqdm(total=total, desc="curves", leave=False) as bar:
+        for curve, changes in CURVES.items():
+            for change in changes:
+                case = Case(**{**BASE, **change})
+                times = curve_point(case, rounds)
+                value = case.batch * case.length if curve == "tokens" else change[curve]
+                rows.append({"curve": curve, "value": value, **times})
+                bar.update()
+    write(folder / "curves.csv", rows)
+    worst: dict[str, float] = {}
+    for row in rows:
+        for basis in ("dense", "very_sparse"):
+            better = min(row[f"{basis}, {way}"] for way in PURE)
+            ratio = row[f"{basis}, planned"] / better
+            worst[basis] = max(worst.get(basis, 0.0), ratio)
+            place = f"{row['curve']:>7} {row['value']:>5}  {basis:<12}"
+            print(f"{place} planned / better pure {ratio:.2f}")
+    print("worst:", ", ".join(f"{basis} {ratio:.2f}" for basis, ratio in worst.items()))
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(16, 4), layout="constrained")
+    for ax, curve in zip(axes, CURVES, strict=True):
+        chosen = [row for row in rows if row["curve"] == curve]
+        for name in chosen[0]:
+            if name not in ("curve", "value", "bank_mib", "full fine-tuning"):
+                ratios = [row[name] / row["full fine-tuning"] for row in chosen]
+                style = "-o" if "planned" in name else "--" if "PEFT" in name else ":"
+                ax.semilogx([row["value"] for row in chosen], ratios, style, label=name)
+        ax.set(xlabel=curve, ylabel="step / full fine-tuning", ylim=(0, 4))
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.savefig(folder / "curves.png", dpi=120)
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peaks")
+    parser.add_argument("--curves", action="store_true", help="the scaling curves as well")
+    parser.add_argument("--out", type=Path, default=Path("step"), help="a folder for CSV and plots")
+    parser.add_argument("--peak", nargs=2, metavar=("CASE", "METHOD"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        case_name, method = options.peak
+        print(peak(method, CASES[case_name]))
+        return
+    import peft
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    print(
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, peft {peft.__version__}, randlora {randlora.__version__}"
+    )
+    for dtype in (torch.float32, BF16):
+        print(f"matrix products in {dtype}: {gemm_rate(dtype) / 1e9:.0f} G multiply-adds / s")
+    everything: list[dict[str, object]] = []
+    for case_name in options.cases:
+        rows = bench(case_name, options.rounds, not options.no_memory)
+        everything += rows
+        print(f"\n### {case_name}\n\n{table(rows)}", flush=True)
+    if everything:
+        write(options.out / "step.csv", everything)
+    if options.curves:
+        print()
+        curves(options.rounds, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Every way of applying ``B`` is one more object and its dense value."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from randlora.operators import DenseOperator, GatherOperator, SignOperator
+from tests.cases import assert_close
+
+KINDS = ("dense", "sign", "gather")
+LAYOUTS = ("rows", "columns", "strided")
+
+
+def make(kind, q, m, dtype=torch.float64):
+    """An operator and its dense value, without the scale."""
+    if kind == "dense":
+        entries = torch.randn(q, m).to(dtype)
+        return DenseOperator(entries), entries
+    signs = torch.randint(-1, 2, (q, m)).to(torch.int8)
+    if kind == "gather":
+        signs *= torch.rand(q, m) < 0.2
+        return GatherOperator(signs, 2.0, dtype), signs.to(dtype)
+    return SignOperator(signs, 2.0), signs.to(dtype)
+
+
+def matrix(rows, columns, layout, dtype=torch.float64):
+    if layout == "rows":
+        return torch.randn(rows, columns).to(dtype)
+    if layout == "columns":
+        return torch.randn(columns, rows).to(dtype).T
+    return torch.randn(rows, 2 * columns).to(dtype)[:, ::2]
+
+
+@given(
+    st.sampled_from(KINDS),
+    st.sampled_from(LAYOUTS),
+    st.integers(1, 600),
+    st.integers(1, 600),
+    st.integers(0, 300),
+)
+def test_products_are_those_of_the_dense_value(kind, layout, q, m, k):
+    b, dense = make(kind, q, m)
+    c, g, base = matrix(m, k, layout), matrix(q, k, layout), matrix(q, k, layout)
+    x = matrix(k, q, layout)
+    assert b.shape == (q, m)
+    assert_close(b.mm(c), dense @ c, 1e-13)
+    assert_close(b.tmm(g), dense.T @ g, 1e-13)
+    assert_close(b.addmm(base, c), base + dense @ c, 1e-13)
+    assert_close(b.tmm_t(x), dense.T @ x.T, 1e-13)
+    assert_close(b.addmm_t(x, c), x + (dense @ c).T, 1e-13)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_are_laid_out_by_rows(kind):
+    b, _ = make(kind, 7, 5)
+    c, g, x = matrix(5, 6, "columns"), matrix(7, 6, "rows"), matrix(6, 7, "rows")
+    for result in (b.mm(c), b.tmm(g), b.addmm(g, c), b.tmm_t(x), b.addmm_t(x, c)):
+        assert result.is_contiguous()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_can_be_differentiated(kind):
+    b, _ = make(kind, 7, 5)
+    c, g = matrix(5, 4, "rows").requires_grad_(), matrix(7, 4, "rows").requires_grad_()
+    assert torch.autograd.gradcheck(b.mm, c)
+    assert torch.autograd.gradcheck(b.tmm, g)
+    x = matrix(4, 7, "rows").requires_grad_()
+    assert torch.autograd.gradcheck(b.addmm, (g, c))
+    assert torch.autograd.gradcheck(b.tmm_t, x)
+    assert torch.autograd.gradcheck(b.addmm_t, (x, c))
+
+
+@pytest.mark.parametrize("kind", ["dense", "sign"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_sums_are_rounded_once(kind, dtype):
+    """To the nearest of the exact sum, but where that lies within the error of a float32 sum."""
+    b, dense = make(kind, 300, 200, dtype)
+    base, c = matrix(300, 40, "rows", dtype), matrix(200, 40, "rows", dtype) / 64
+    exact = base.double() + dense.double() @ c.double()
+    ulp = torch.finfo(dtype).eps * exact.abs().clamp_min(1e-3)
+    for got in (b.addmm(base, c), b.addmm_t(base.T.contiguous(), c).T):
+        assert ((got.double() - exact).abs() <= 0.501 * ulp).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gathering_in_low_precision_rounds_the_gathered_sum_once_more(dtype):
+    b, dense = make("gather", 300, 200, dtype)
+    base, c = matrix(300, 40, "rows", dtype), matrix(200, 40, "rows", dtype) / 64
+    product = dense.double() @ c.double()
+    exact = base.double() + product
+    eps = torch.finfo(dtype).eps
+    bound = 0.51 * eps * (exact.abs() + product.abs() + eps) + 1e-6 * (dtype != torch.float32)
+    error = (b.addmm(base, c).double() - exact).abs()
+    assert (error <= bound + 20 * torch.finfo(torch.float32).eps).all()
+
+
+def test_costs_follow_the_density():
+    signs = torch.zeros(400, 500, dtype=torch.int8)
+    signs[:, ::10] = 1
+    b = GatherOperator(signs, 1.0, torch.float32)
+    assert (b.weight_cost, b.token_cost) == (220, 360)
+    assert GatherOperator(signs, 1.0, torch.bfloat16).weight_cost == 550
+    assert DenseOperator(torch.zeros(2, 2)).token_cost == 1000

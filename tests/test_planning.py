@@ -1,0 +1,167 @@
+import dataclasses
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from randlora import BasisBank
+from randlora.functional import randlora_linear
+from randlora.planning import Choice, Plan, Work, choose, cost, kept, plans
+from tests import cases
+
+sizes = st.integers(1, 5000)
+
+
+@st.composite
+def works(draw) -> Work:
+    p, q = sorted((draw(sizes), draw(sizes)))
+    return Work(
+        tokens=draw(st.integers(0, 20_000)),
+        p=p,
+        q=q,
+        m=draw(st.integers(1, 2 * p)),
+        wide=draw(st.booleans()),
+        needs_input=draw(st.booleans()),
+        needs_parameters=draw(st.booleans()),
+        needs_weight=draw(st.booleans()),
+        weight_cost=draw(st.integers(10, 1000)),
+        token_cost=draw(st.integers(10, 1000)),
+    )
+
+
+def products(work, plan):
+    """The products beyond the frozen layer's own that a plan takes, by name; each counts once."""
+    made = []
+    made.append("B C" if plan.forward == "weight" else "forward small")
+    if plan.forward == "activations" and not work.wide:
+        made.append("H B'")
+    if work.wide and (plan.forward == "activations" or plan.keeps == "xb"):
+        made.append("x B")
+    if work.needs_input:
+        if plan.grad_input == "activations":
+            made += ["input small", "K B'" if work.wide else "dy B"]
+        elif not plan.keep_weight:
+            made.append("B C again")
+    if work.needs_parameters:
+        if plan.grad_parameters == "weight":
+            made += ["G", "B' G"]
+        else:
+            made += ["P small", "dy B" if not work.wide else "x B"]
+            if work.wide and plan.keeps == "x":
+                made[-1] = "x B again"
+    if work.needs_weight:
+        made.append("G")
+    return set(made)
+
+
+def price(work, product):
+    if product.startswith(("B C", "B' G")):
+        return work.weight_cost * work.m * work.q * work.p
+    if product.endswith("small"):
+        return 1000 * work.tokens * work.m * work.p
+    if product == "G":
+        return 1000 * work.tokens * work.p * work.q
+    return work.token_cost * work.tokens * work.m * work.q
+
+
+@given(works())
+def test_the_cost_is_the_sum_of_the_products(work):
+    for plan in plans(work):
+        assert cost(work, plan) == sum(price(work, product) for product in products(work, plan))
+
+
+@given(works())
+def test_the_choice_is_that_of_brute_force(work):
+    """Of all plans within 1/64 of the whole work of the cheapest, the one that keeps least."""
+    everything = []
+    for ways in itertools.product(("weight", "activations"), repeat=3):
+        for keeps in ("x", "xb"):
+            plan = Plan(*ways, keeps=keeps)
+            if keeps == "xb" and (
+                not work.wide or work.needs_weight or plan.grad_parameters == "weight"
+            ):
+                continue
+            if plan.grad_input == "activations" and not work.needs_input:
+                continue
+            if plan.grad_parameters == "activations" and not work.needs_parameters:
+                continue
+            total = sum(price(work, product) for product in products(work, plan))
+            everything.append((kept(work, plan), total))
+    least = min(total for _, total in everything)
+    own = 1000 * work.tokens * work.p * work.q * (1 + work.needs_input)
+    best = min(entry for entry in everything if 64 * (entry[1] - least) <= own + least)
+    plan = choose(work)
+    assert (kept(work, plan), cost(work, plan)) == best
+
+
+@given(works(), st.sampled_from(["forward", "grad_input", "grad_parameters"]), st.data())
+def test_what_is_fixed_is_kept_to_and_the_rest_is_best(work, name, data):
+    way = data.draw(st.sampled_from(["weight", "activations"]))
+    plan = choose(work, Choice(**{name: way}))
+    possible = [p for p in plans(work) if getattr(p, name) == way and not p.keep_weight]
+    if possible:
+        assert getattr(plan, name) == way
+        assert plan in possible
+
+
+def test_small_and_large_batches_go_different_ways():
+    few = Work(tokens=50, p=768, q=768, m=768, wide=False)
+    many = dataclasses.replace(few, tokens=5000)
+    assert choose(few).forward == "activations"
+    assert choose(few).grad_parameters == "activations"
+    assert choose(many).forward == "weight"
+    cheap = dataclasses.replace(many, q=3072, weight_cost=80, token_cost=160)
+    assert choose(cheap).grad_parameters == "activations"
+
+
+def test_a_wide_layer_keeps_the_smaller_activation():
+    work = Work(tokens=3200, p=768, q=3072, m=768, wide=True)
+    assert choose(work).keeps == "xb"
+    assert kept(work, choose(work)) == 3200 * 768
+
+
+def test_the_weight_is_kept_only_on_request():
+    work = Work(tokens=3200, p=768, q=768, m=768, wide=False)
+    assert not choose(work).keep_weight
+    assert choose(work, Choice(keep_weight=True)).keep_weight
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [{"forward": "fast"}, {"grad_input": 1}, {"keeps": "y"}, {"keep_weight": None}],
+)
+def test_bad_choices_are_refused(keywords):
+    (name,) = keywords
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        Choice(**keywords)
+
+
+MASKS = [(True, False, False, True), (False, False, False, True), (True, False, False, False)]
+
+
+@pytest.mark.parametrize("mask", [*MASKS, (True, True, True, True)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
+def test_the_kernel_multiplies_as_often_as_the_plan_costs(shape, mask):
+    """The cost model against a count of the multiply-adds that were really done."""
+    out_features, in_features = shape
+    c = cases.case(BasisBank(seed=1), out_features, in_features, 5, 4, lead=(17,))
+    a, b = c.operands()
+    needs = dict(zip(("x", "weight", "bias", "lam"), mask, strict=True))
+    leaves = {n: getattr(c, n).detach().clone().requires_grad_(on) for n, on in needs.items()}
+    work = Work(
+        tokens=17, p=24, q=max(shape), m=20, wide=c.wide,
+        needs_input=mask[0], needs_weight=mask[1], needs_parameters=mask[3],
+    )  # fmt: skip
+    own = 17 * in_features * out_features * (1 + mask[0])
+    reductions = 20 * 24 * mask[3]  # dΛ, from P
+    for plan in plans(work):
+        with FlopCounterMode(display=False) as counter:
+            y = randlora_linear(
+                leaves["x"], leaves["weight"], leaves["bias"], leaves["lam"], c.gamma, a, b,
+                choice=Choice(**dataclasses.asdict(plan)),
+            )  # fmt: skip
+            y.sum().backward()
+        done = counter.get_total_flops() // 2
+        assert done == own + cost(work, plan) // 1000 + reductions, plan
