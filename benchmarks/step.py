@@ -165,6 +165,7 @@ METHODS: dict[str, Callable[[nn.Module, Case], nn.Module]] = {
     "PEFT LoRA": peft_lora,
     "PEFT RandLora": peft_randlora,
     "dense": ours("dense"),
+    "dense, weight kept": ours("dense", Choice(keep_weight=True)),
     "sparse": ours("sparse"),
     "very sparse": ours("very_sparse"),
 }
@@ -183,7 +184,7 @@ def check(model: nn.Module, case: Case) -> None:
     """Compare each kind of layer with the oracle in float64, values and gradients."""
     seen = set()
     for layer in model.modules():
-        if not isinstance(layer, randlora.RandLoRALinear) or layer.weight.shape in seen:
+        if not isinstance(layer, randlora.RandLoRALinear) or layer.base_weight.shape in seen:
             continue
         seen.add(layer.base_weight.shape)
         x = torch.randn(64, layer.in_features).to(case.dtype)
@@ -217,8 +218,7 @@ class Run:
 
     def __init__(self, name: str, case: Case) -> None:
         self.model = prepared(name, case)
-        if name not in ("full fine-tuning", "PEFT LoRA", "PEFT RandLora"):
-            check(self.model, case)
+        check(self.model, case)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.trained, lr=1e-4)
         self.x = case.input()
@@ -334,7 +334,7 @@ def bench(case_name: str, rounds: int, memory: bool) -> list[dict[str, object]]:
 def table(rows: list[dict[str, object]]) -> str:
     by_name = {row["method"]: row for row in rows}
     lines = [
-        f"| {'method':<16} | trained | forward | backward | step | of full | of PEFT RandLora "
+        f"| {'method':<18} | trained | forward | backward | step | of full | of PEFT RandLora "
         "| of PEFT LoRA | saved | peak |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -344,7 +344,7 @@ def table(rows: list[dict[str, object]]) -> str:
             for name in ("full fine-tuning", "PEFT RandLora", "PEFT LoRA")
         ]
         lines.append(
-            f"| {row['method']:<16} | {row['trained']:,} | {row['forward_p50']:.3f} s "
+            f"| {row['method']:<18} | {row['trained']:,} | {row['forward_p50']:.3f} s "
             f"| {row['backward_p50']:.3f} s "
             f"| {row['step_p50']:.3f} s ({row['step_p20']:.3f}-{row['step_p80']:.3f}) | "
             + " | ".join(f"{ratio:.2f}" for ratio in ratios)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from randlora.bases import BasisBank
 from randlora.layers import RandLoRALinear
+from randlora.planning import Plan
 
 __all__ = ["LayerRank", "LayerSummary", "RankReport", "Summary", "rank_report", "summary"]
 
@@ -19,7 +20,8 @@ __all__ = ["LayerRank", "LayerSummary", "RankReport", "Summary", "rank_report", 
 class LayerSummary:
     """One adapted layer: its name, sizes and what of it is trained.
 
-    ``asked_rank`` is larger than ``rank`` where ``inject`` lowered it to ``min(out, in)``.
+    ``asked_rank`` is larger than ``rank`` where ``inject`` lowered it to ``min(out, in)``. ``plan``
+    is what a training step would do with the tokens asked about.
     """
 
     name: str
@@ -30,6 +32,7 @@ class LayerSummary:
     num_bases: int
     scaling: float
     trained: int
+    plan: Plan | None
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,12 @@ class Summary:
                 str(layer.num_bases),
                 f"{layer.scaling:g}",
                 f"{layer.trained:,}",
+                *([] if layer.plan is None else [_describe(layer.plan)]),
             )
             for layer in self.layers
         ]
-        table = _table(("layer", "out x in", "rank", "bases", "scaling", "trained"), rows)
+        header = ("layer", "out x in", "rank", "bases", "scaling", "trained", "plan")
+        table = _table(header[: len(rows[0])], rows)
         banks = ", ".join(map(repr, self.banks))
         return (
             f"{table}\n{banks}: {self.bank_bytes / 2**20:.2f} MiB for {len(self.layers)} layers\n"
@@ -112,8 +117,14 @@ class RankReport:
         return _table(header, rows)
 
 
-def summary(model: nn.Module) -> Summary:
+def summary(model: nn.Module, tokens: int | None = None) -> Summary:
     """Describe what is adapted in ``model`` and what training it takes.
+
+    Args:
+        model: an adapted model.
+        tokens: also say how a step with so many tokens would bracket its products, for each layer:
+            forward, gradient of the input, gradients of the parameters, each through the ``weight``
+            or the ``activations``, and which activation is kept.
 
     Returns:
         A table when printed, data when read: a :class:`LayerSummary` for each adapted layer, the
@@ -135,6 +146,7 @@ def summary(model: nn.Module) -> Summary:
                 num_bases=layer.num_bases,
                 scaling=layer.scaling,
                 trained=layer.randlora_lambda.numel() + layer.randlora_gamma.numel(),
+                plan=None if tokens is None else layer.plan(tokens),
             )
             for name, layer in layers.items()
         ),
@@ -174,6 +186,11 @@ def _layer_rank(name: str, layer: RandLoRALinear) -> LayerRank:
         effective_rank=math.exp(float(torch.special.entr(share).sum())),
         singular_values=sigma,
     )
+
+
+def _describe(plan: Plan) -> str:
+    ways = " ".join((plan.forward, plan.grad_input, plan.grad_parameters))
+    return f"{ways}, keeps {plan.keeps}{' and weight' * plan.keep_weight}"
 
 
 def _adapted(model: nn.Module) -> dict[str, RandLoRALinear]:

@@ -51,9 +51,15 @@ def tile_width(rows: int, itemsize: int) -> int:
 class _Update:
     """``ΔW``, by its factors: all that the products need of it, tile by tile of its p columns."""
 
-    def __init__(self, lam: Tensor, gamma: Tensor, a: Tensor, b: Operator, scaling: float) -> None:
-        self.lam, self.gamma, self.a, self.b = lam, gamma, a, b
+    def __init__(
+        self, lam: Tensor, gamma: Tensor, a: Tensor, b: Operator, scaling: float, wide: bool
+    ) -> None:
+        self.lam, self.gamma, self.a, self.b, self.wide = lam, gamma, a, b, wide
         self.scaling = scaling * b.scale
+
+    @property
+    def out_features(self) -> int:
+        return self.a.shape[1] if self.wide else self.b.shape[0]
 
     def tiles(self) -> list[slice]:
         """Slices of the columns, in which nothing larger than the knob is made."""
@@ -68,9 +74,12 @@ class _Update:
         return (c * self.gamma[:, tile].unsqueeze(1)).flatten(0, 1).to(self.a.dtype)
 
     # shape: weight (out, in) -> (q, tile), (tile, q) if wide
-    def effective(self, weight: Tensor, tile: slice) -> Tensor:
+    def effective(self, weight: Tensor | None, tile: slice) -> Tensor:
         """The columns (rows, if wide) of ``W0 + ΔW``, rounded once to the dtype of ``A``."""
-        c, wide = self.c(tile), _is_wide(weight)
+        c, wide = self.c(tile), self.wide
+        if weight is None:
+            delta = self.b.mm(c)
+            return delta.T if wide else delta
         base = weight[tile] if wide else weight[:, tile]
         if base.dtype != c.dtype:  # autocast: W0 is of a wider dtype
             delta = self.b.mm(c)
@@ -123,10 +132,7 @@ class _EffectiveWeight(torch.autograd.Function):
         wide: bool,
     ) -> Tensor:
         with _autocast_off(lam.device):
-            update = _Update(lam, gamma, a, b, scaling)
-            if weight is None:
-                delta = _joined([b.mm(update.c(tile)) for tile in update.tiles()], 1)
-                return delta.T if wide else delta
+            update = _Update(lam, gamma, a, b, scaling, wide)
             parts = [update.effective(weight, tile) for tile in update.tiles()]
             return _joined(parts, 0 if wide else 1)
 
@@ -143,7 +149,7 @@ class _EffectiveWeight(torch.autograd.Function):
         d_lam = d_gamma = None
         with _autocast_off(dw.device):
             if needs_lam or needs_gamma:
-                update = _Update(lam, gamma, ctx.a, ctx.b, ctx.scaling)
+                update = _Update(lam, gamma, ctx.a, ctx.b, ctx.scaling, ctx.wide)
                 g = dw.T if ctx.wide else dw
                 d_lam, d_gamma = _summed(
                     update,
@@ -165,7 +171,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         lam: Tensor,
         gamma: Tensor,
@@ -173,10 +179,10 @@ class _Linear(torch.autograd.Function):
         b: Operator,
         scaling: float,
         plan: Plan,
+        wide: bool,
     ) -> tuple[Tensor, ...]:
         with _autocast_off(x.device):
-            update = _Update(lam, gamma, a, b, scaling)
-            wide = _is_wide(weight)
+            update = _Update(lam, gamma, a, b, scaling, wide)
             rows = x.reshape(-1, x.shape[-1])
             bias = bias if bias is None else bias.to(x.dtype)
             kept: list[Tensor] = []
@@ -185,7 +191,7 @@ class _Linear(torch.autograd.Function):
                 xb = b.tmm_t(rows)
                 kept = [xb] if plan.keeps == "xb" else []
             if by_tokens:
-                y = F.linear(rows, weight.to(x.dtype), bias)
+                y = _frozen(rows, weight, bias, update.out_features)
                 y = _add_through(update, y, xb) if wide else _add_back(update, y, rows)
             elif plan.keep_weight:
                 parts = [update.effective(weight, tile) for tile in update.tiles()]
@@ -193,18 +199,18 @@ class _Linear(torch.autograd.Function):
                 y, kept = F.linear(rows, w, bias), [*kept, w]
             else:
                 y = _by_weight(update, weight, rows, bias)
-            return (y.view(*x.shape[:-1], len(weight)), *kept)
+            return (y.view(*x.shape[:-1], update.out_features), *kept)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, weight, _, lam, gamma, ctx.a, ctx.b, ctx.scaling, plan = inputs
+        x, weight, _, lam, gamma, ctx.a, ctx.b, ctx.scaling, plan, ctx.wide = inputs
         needs_x, needs_weight, _, needs_lam, needs_gamma, *_ = ctx.needs_input_grad
         kept = list(output[1:])
         xb = kept.pop(0) if plan.keeps == "xb" else None
         w = kept.pop(0) if plan.keep_weight else None
         needs_activation = needs_weight or needs_lam or needs_gamma
         ctx.set_materialize_grads(False)
-        ctx.plan, ctx.wide, ctx.shape = plan, _is_wide(weight), x.shape
+        ctx.plan, ctx.shape = plan, x.shape
         ctx.save_for_backward(
             x if needs_activation and xb is None else None,
             xb if needs_activation else None,
@@ -231,7 +237,7 @@ class _Linear(torch.autograd.Function):
         d_weight: Any = None
         d_bias = d_lam = d_gamma = None
         with _autocast_off(dy.device):
-            update = _Update(lam, gamma, ctx.a, b, ctx.scaling)
+            update = _Update(lam, gamma, ctx.a, b, ctx.scaling, wide)
             rows = dy.reshape(-1, dy.shape[-1])  # (T, out)
             x = x if x is None else x.reshape(-1, x.shape[-1])  # (T, in)
             by_tokens = plan.grad_parameters == "activations" and any(needs)
@@ -241,7 +247,7 @@ class _Linear(torch.autograd.Function):
                 if plan.grad_input == "weight":
                     dx = rows @ w if w is not None else _by_weight_back(update, weight, rows)
                 else:
-                    dx = rows @ weight.to(rows.dtype)
+                    dx = _frozen(rows, None if weight is None else weight.T, None, ctx.shape[-1])
                     dx = _add_back(update, dx, rows) if wide else _add_through(update, dx, dyb)
                 dx = dx if dxb is None else b.addmm_t(dx, dxb)
                 dx = dx.view(ctx.shape)
@@ -268,39 +274,47 @@ class _Linear(torch.autograd.Function):
                         p = more if p is None else p + more
                     shares.append(update.parameter_grads(p, tile, needs))
                 d_lam, d_gamma = _summed(update, shares)
-        return dx, d_weight, d_bias, d_lam, d_gamma, None, None, None, None
-
-
-def _is_wide(weight: Tensor) -> bool:
-    return weight.shape[0] < weight.shape[1]
+        return dx, d_weight, d_bias, d_lam, d_gamma, None, None, None, None, None
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
+# shape: rows (T, in), weight (out, in) -> (T, out)
+def _frozen(rows: Tensor, weight: Tensor | None, bias: Tensor | None, out: int) -> Tensor:
+    """``x W0ᵀ + bias``, and zeros without ``W0``."""
+    if weight is None:
+        return rows.new_zeros(len(rows), out)
+    return F.linear(rows, weight.to(rows.dtype), bias)
+
+
 # shape: weight (out, in), rows (T, in) -> (T, out)
-def _by_weight(update: _Update, weight: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+def _by_weight(update: _Update, weight: Tensor | None, rows: Tensor, bias: Tensor | None) -> Tensor:
     """``x (W0 + ΔW)ᵀ + bias``."""
     tiles = update.tiles()
     if len(tiles) == 1:
         return F.linear(rows, update.effective(weight, tiles[0]), bias)
-    if _is_wide(weight):
+    if update.wide:
         parts = [
             F.linear(rows, update.effective(weight, t), bias if bias is None else bias[t])
             for t in tiles
         ]
         return torch.cat(parts, 1)
-    y = rows.new_zeros(len(rows), len(weight)) if bias is None else bias.repeat(len(rows), 1)
+    y = (
+        rows.new_zeros(len(rows), update.out_features)
+        if bias is None
+        else bias.repeat(len(rows), 1)
+    )
     for tile in tiles:
         y = torch.addmm(y, rows[:, tile], update.effective(weight, tile).T)
     return y
 
 
 # shape: weight (out, in), rows (T, out) -> (T, in)
-def _by_weight_back(update: _Update, weight: Tensor, rows: Tensor) -> Tensor:
+def _by_weight_back(update: _Update, weight: Tensor | None, rows: Tensor) -> Tensor:
     """``dy (W0 + ΔW)``."""
-    if not _is_wide(weight):
+    if not update.wide:
         return _joined([rows @ update.effective(weight, tile) for tile in update.tiles()], 1)
     first, *rest = update.tiles()
     dx = rows[:, first] @ update.effective(weight, first)
@@ -363,13 +377,14 @@ def effective_weight(
     """
     _check_shapes(lam, gamma, a, b)
     _check_weight(weight, gamma, b)
-    w: Tensor = _EffectiveWeight.apply(weight, lam, gamma, a, b, scaling, _is_wide(weight))  # type: ignore[no-untyped-call]
+    wide = weight.shape[0] < weight.shape[1]
+    w: Tensor = _EffectiveWeight.apply(weight, lam, gamma, a, b, scaling, wide)  # type: ignore[no-untyped-call]
     return w
 
 
 def randlora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     lam: Tensor,
     gamma: Tensor,
@@ -381,12 +396,13 @@ def randlora_linear(
 ) -> Tensor:
     """Return ``x (W0 + ΔW)ᵀ + bias``, differentiable in every tensor but the bases.
 
-    The layer is tall or wide as ``weight`` is. Backward keeps one activation, ``x`` or ``x B``,
-    beside ``Λ``, ``Γ`` and the weight by reference.
+    Without a weight it is the update alone, ``x ΔWᵀ``. Backward keeps one activation, ``x`` or
+    ``x B``, beside ``Λ``, ``Γ`` and the weight by reference.
 
     Args:
         x: shape ``(..., in)`` with any number of leading dimensions, floating.
-        weight: ``W0``, shape ``(out, in)``; in the dtype of ``x``, or higher under autocast.
+        weight: ``W0``, shape ``(out, in)``, in the dtype of ``x``, or higher under autocast; or
+            None.
         bias: shape ``(out,)``, or None.
         lam: ``Λ``, shape ``(n, r)``; commonly float32 whatever the dtype of ``x``.
         gamma: ``Γ``, shape ``(n, p)``, in the dtype of ``lam``.
@@ -403,26 +419,53 @@ def randlora_linear(
         ValueError: if the shapes do not fit each other.
     """
     _check_shapes(lam, gamma, a, b)
-    _check_weight(weight, gamma, b)
-    check_input(x, weight.shape[1], a.dtype)
+    p, q = a.shape[1], b.shape[0]
+    if weight is None:
+        in_features = q if isinstance(x, Tensor) and x.ndim and x.shape[-1] == q else p
+    else:
+        _check_weight(weight, gamma, b)
+        in_features = weight.shape[1]
+    check_input(x, in_features, a.dtype)
+    wide = in_features > p
     on = torch.is_grad_enabled()
-    work = Work(
-        tokens=x.numel() // x.shape[-1],
-        p=a.shape[1],
-        q=b.shape[0],
-        m=b.shape[1],
-        wide=_is_wide(weight),
-        needs_input=on and x.requires_grad,
-        needs_parameters=on and (lam.requires_grad or gamma.requires_grad),
-        needs_weight=on and weight.requires_grad,
-        weight_cost=b.weight_cost,
-        token_cost=b.token_cost,
+    work = work_of(
+        x.numel() // in_features,
+        a,
+        b,
+        wide,
+        on and x.requires_grad,
+        on and (lam.requires_grad or gamma.requires_grad),
+        on and weight is not None and weight.requires_grad,
     )
     # A compiler takes no caches.
     plan = (choose.__wrapped__ if torch.compiler.is_compiling() else choose)(work, choice)
-    kept = _Linear.apply(x, weight, bias, lam, gamma, a, b, scaling, plan)  # type: ignore[no-untyped-call]
+    kept = _Linear.apply(x, weight, bias, lam, gamma, a, b, scaling, plan, wide)  # type: ignore[no-untyped-call]
     y: Tensor = kept[0]
     return y
+
+
+def work_of(
+    tokens: int,
+    a: Tensor,
+    b: Operator,
+    wide: bool,
+    needs_input: bool,
+    needs_parameters: bool,
+    needs_weight: bool = False,
+) -> Work:
+    """What the planner has to know of a call."""
+    return Work(
+        tokens=tokens,
+        p=a.shape[1],
+        q=b.shape[0],
+        m=b.shape[1],
+        wide=wide,
+        needs_input=needs_input,
+        needs_parameters=needs_parameters,
+        needs_weight=needs_weight,
+        weight_cost=b.weight_cost,
+        token_cost=b.token_cost,
+    )
 
 
 # --- dtypes and checks ---------------------------------------------------------------------------

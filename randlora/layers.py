@@ -20,9 +20,10 @@ from randlora.functional import (
     delta_weight,
     effective_weight,
     randlora_linear,
+    work_of,
 )
 from randlora.operators import DenseOperator, Operator
-from randlora.planning import AUTOMATIC, Choice
+from randlora.planning import AUTOMATIC, Choice, Plan, choose
 
 __all__ = ["Adaptation", "RandLoRALinear", "Settings", "unsupported"]
 
@@ -48,6 +49,11 @@ class RandLoRALinear(nn.Linear):
     ``2 / √n`` for language models (table 9), to hold the norm of a sum of random matrices as ``r``
     or ``n`` vary. Here the initial ``Λ`` does that: the variance of an entry of ``ΔW`` is that of
     ``Γ``, for every size and rank, so ``alpha`` defaults to ``rank`` and ``scaling`` to 1.
+
+    How the products are bracketed is planned for each call from the sizes and what ``B`` costs to
+    apply. :attr:`choice` fixes what is not to be planned: on a layer for that layer, on the class
+    for all. ``Choice(keep_weight=True)`` is the one with which a plan takes more memory: it keeps
+    ``W0 + ΔW`` from forward to backward, which saves forming it again.
 
     :attr:`weight` is the effective weight, so code that reads it instead of calling the module (as
     attention layers do) sees the update. :attr:`base_weight` is the frozen one, which keeps the
@@ -200,15 +206,24 @@ class RandLoRALinear(nn.Linear):
             input = input.to(dtype)
         check_input(input, self.in_features, dtype)
         a, b = self.operands(dtype)
-        lam, gamma, scaling = self.randlora_lambda, self.randlora_gamma, self.scaling
+        update = self.randlora_lambda, self.randlora_gamma, a, b
+        keywords: Any = {"scaling": self.scaling, "choice": self.choice}
         if self.training and self.dropout:
-            update = delta_weight(lam, gamma, a, b, scaling=scaling, wide=self._wide)
             dropped = F.dropout(input, self.dropout)
-            return F.linear(input, weight, bias) + F.linear(dropped, update)
-        choice = self.choice
-        return randlora_linear(
-            input, weight, bias, lam, gamma, a, b, scaling=scaling, choice=choice
-        )
+            frozen = F.linear(input, weight, bias)
+            return frozen + randlora_linear(dropped, None, None, *update, **keywords)
+        return randlora_linear(input, weight, bias, *update, **keywords)
+
+    def plan(self, tokens: int, *, needs_input: bool = True) -> Plan:
+        """What a training step with so many tokens would do, see :mod:`randlora.planning`.
+
+        Args:
+            tokens: the product of the leading dimensions of the input.
+            needs_input: whether the input requires a gradient.
+        """
+        a, b = self.operands(self.base_weight.dtype)
+        tokens = as_positive_int("tokens", tokens)
+        return choose(work_of(tokens, a, b, self._wide, needs_input, True), self.choice)
 
     def reset_parameters(self) -> None:
         """Draw the base weight and bias anew, and set the update back to its start."""
@@ -339,7 +354,8 @@ def unsupported(module: nn.Module) -> str | None:
         return f"{kind} has a weight of {weight.dtype}, which is not floating"
     if not weight.numel():
         return f"{kind} has an empty weight"
-    taken = [name for name in (*_STATE, *_PARAMETERS) if hasattr(module, name)]
+    ours = {*_STATE, *_PARAMETERS, *vars(RandLoRALinear)} - {*dir(nn.Linear), "weight"}
+    taken = sorted(name for name in ours if hasattr(module, name))
     if taken:
         return f"{kind} has an attribute {taken[0]!r} of its own"
     return None

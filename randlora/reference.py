@@ -30,7 +30,7 @@ def delta_weight(
     total = torch.zeros(b.shape[0], a.shape[1], dtype=lam.dtype, device=lam.device)
     for j in range(n):
         b_j = b[:, j * r : (j + 1) * r]
-        total = total + b_j @ torch.diag(lam[j]) @ a @ torch.diag(gamma[j])
+        total = total + (b_j * lam[j]) @ (a * gamma[j])  # a diagonal on the right scales columns
     return scaling * (total.T if wide else total)
 
 

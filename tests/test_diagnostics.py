@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from randlora import inject, rank_report, summary
+from randlora.planning import Choice
 
 
 def model():
@@ -38,6 +39,18 @@ def test_summary_prints_a_table():
         "BasisBank('dense', seed=0): 0.00 MiB for 2 layers\n"
         "trained 66 of 441 parameters (14.97 %)"
     )
+
+
+def test_summary_tells_the_plan_for_a_number_of_tokens():
+    adapted = model()
+    assert summary(adapted).layers[0].plan is None
+    few, many = summary(adapted, tokens=2), summary(adapted, tokens=2000)
+    assert few.layers[0].plan == adapted["up"].plan(2)
+    assert few.layers[0].plan.forward == "activations"
+    assert many.layers[1].plan.forward == "weight"
+    assert "weight weight weight, keeps x" in str(many)
+    adapted["down"].choice = Choice(forward="activations", keeps="xb")
+    assert "activations weight activations, keeps xb" in str(summary(adapted, tokens=2000))
 
 
 def test_summary_says_where_a_rank_was_lowered():

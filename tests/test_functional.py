@@ -92,6 +92,23 @@ def test_every_plan_gives_what_the_oracle_gives(c, needs_weight, tiled):
             assert_close(one, other, EXACT, size)
 
 
+@given(cases.cases())
+def test_the_update_alone_is_the_oracle_s(c):
+    def slow(a, b, x, lam, gamma):
+        delta = reference.delta_weight(a, b, lam, gamma, scaling=c.scaling, wide=c.wide)
+        return x @ delta.T
+
+    for plan in plans(Work(tokens=1, p=c.p, q=c.q, m=c.n * c.r, wide=c.wide)):
+
+        def fast(a, b, x, lam, gamma, plan=plan):
+            choice = Choice(**asdict(plan))
+            return randlora_linear(
+                x, None, None, lam, gamma, a, b, scaling=c.scaling, choice=choice
+            )
+
+        agree(c, fast, slow, [c.x, c.lam, c.gamma])
+
+
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("kind", ["dense", "sparse", "very_sparse"])
 @pytest.mark.parametrize("shape", SHAPES)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from randlora import BasisBank, RandLoRALinear
+from randlora.planning import Choice
 from tests import cases
 
 SHAPES = [(12, 20), (20, 12), (12, 12)]  # (in, out)
@@ -268,6 +269,53 @@ def test_parameters_made_in_a_default_dtype_or_device_are_still_float32():
     assert layer.randlora_gamma.grad.dtype == torch.float32
 
 
+# --- plans --------------------------------------------------------------------------------------
+
+
+def saved_bytes(layer, x):
+    """Bytes kept for backward in storages that are no parameter's."""
+    known = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    return sum(saved.values())
+
+
+def test_a_choice_holds_for_a_layer_or_for_all(monkeypatch):
+    one, two = RandLoRALinear(12, 20, rank=4), RandLoRALinear(12, 20, rank=4)
+    one.choice = Choice(forward="weight")
+    assert (one.plan(2).forward, two.plan(2).forward) == ("weight", "activations")
+    monkeypatch.setattr(RandLoRALinear, "choice", Choice(forward="weight"))
+    assert two.plan(2).forward == "weight"
+
+
+@pytest.mark.parametrize("kind", ["dense", "very_sparse"])
+def test_one_activation_is_kept_and_no_more(kind):
+    for shape, keeps, kept in [
+        ((48, 96), "x", 48),
+        ((96, 48), "x", 96),
+        ((96, 48), "xb", 48),
+        ((48, 48), "x", 48),
+    ]:
+        layer = RandLoRALinear(*shape, rank=6, bank=BasisBank(kind))
+        x = torch.randn(1000, shape[0], requires_grad=True)
+        by_tokens = "activations" if keeps == "xb" else None
+        layer.choice = Choice(grad_parameters=by_tokens, keeps=keeps)
+        assert saved_bytes(layer, x) == 4 * 1000 * kept
+        layer.choice = Choice("weight", "weight", by_tokens, keeps, keep_weight=True)
+        assert saved_bytes(layer, x) == 4 * (1000 * kept + shape[0] * shape[1])
+        layer.requires_grad_(False)
+        layer.choice = Choice()
+        assert saved_bytes(layer, x) == 0
+
+
 # --- dropout, autocast, compile ------------------------------------------------------------------
 
 
@@ -432,6 +480,11 @@ def test_bad_arguments_are_refused_and_nothing_is_changed(keywords, error, messa
     assert linear.weight.requires_grad
 
 
+class Planned(nn.Linear):
+    def plan(self):
+        return "mine"
+
+
 def with_scaling():
     linear = nn.Linear(12, 20)
     linear.scaling = 3.0
@@ -458,6 +511,7 @@ def quantised():
         (lambda: RandLoRALinear(3, 4, rank=1), "RandLoRALinear is adapted already"),
         (lambda: nn.Linear(0, 4), "Linear has an empty weight"),
         (with_scaling, "Linear has an attribute 'scaling' of its own"),
+        (lambda: Planned(3, 4), "Planned has an attribute 'plan' of its own"),
         (lambda: with_forward(nn.Linear(3, 4)), "its forward is bound to it"),
         (lambda: nn.LazyLinear(4), "LazyLinear has no sizes before it is run once"),
         (quantised, "Linear has a weight of torch.int8, which is not floating"),

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "functional": {"operators", "planning"},
     "layers": {"_checks", "bases", "functional", "operators", "planning"},
     "injection": {"_checks", "bases", "layers"},
-    "diagnostics": {"bases", "injection", "layers"},
+    "diagnostics": {"bases", "layers", "planning"},
 }
 
 
