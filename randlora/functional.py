@@ -84,7 +84,9 @@ class _Update:
         if base.dtype != c.dtype:  # autocast: W0 is of a wider dtype
             delta = self.b.mm(c)
             return (base + (delta.T if wide else delta)).to(c.dtype)
-        return self.b.addmm_t(base, c) if wide else self.b.addmm(base, c)
+        total = base.clone(memory_format=torch.contiguous_format)
+        (self.b.addmm_t_ if wide else self.b.addmm_)(total, c)
+        return total
 
     # shape: p_tile (m, tile) -> (n, r), (n, tile)
     def parameter_grads(
@@ -249,7 +251,8 @@ class _Linear(torch.autograd.Function):
                 else:
                     dx = _frozen(rows, None if weight is None else weight.T, None, ctx.shape[-1])
                     dx = _add_back(update, dx, rows) if wide else _add_through(update, dx, dyb)
-                dx = dx if dxb is None else b.addmm_t(dx, dxb)
+                if dxb is not None:
+                    b.addmm_t_(dx, dxb)
                 dx = dx.view(ctx.shape)
             if needs_bias:
                 d_bias = rows.sum(0)
@@ -262,16 +265,12 @@ class _Linear(torch.autograd.Function):
                 for tile in update.tiles():
                     if by_tokens:
                         p = left @ (rows if wide else x)[:, tile]  # (m, tile)
-                        g = dw
-                    elif needs_weight:
-                        p, g = None, d_weight
+                    elif d_weight is not None:  # it holds dw already
+                        p = b.tmm(d_weight[tile].T if wide else d_weight[:, tile])
                     else:
-                        g = x.T @ rows[:, tile] if wide else rows.T @ x[:, tile]  # (q, tile)
-                        p = b.tmm(g)
-                        g = dw
-                    if g is not None:
-                        more = b.tmm(g[tile].T if wide else g[:, tile])
-                        p = more if p is None else p + more
+                        p = b.tmm(x.T @ rows[:, tile] if wide else rows.T @ x[:, tile])
+                    if dw is not None and (by_tokens or d_weight is None):
+                        p = p + b.tmm(dw[tile].T if wide else dw[:, tile])
                     shares.append(update.parameter_grads(p, tile, needs))
                 d_lam, d_gamma = _summed(update, shares)
         return dx, d_weight, d_bias, d_lam, d_gamma, None, None, None, None, None
@@ -307,7 +306,7 @@ def _by_weight(update: _Update, weight: Tensor | None, rows: Tensor, bias: Tenso
         else bias.repeat(len(rows), 1)
     )
     for tile in tiles:
-        y = torch.addmm(y, rows[:, tile], update.effective(weight, tile).T)
+        y.addmm_(rows[:, tile], update.effective(weight, tile).T)
     return y
 
 
@@ -319,25 +318,27 @@ def _by_weight_back(update: _Update, weight: Tensor | None, rows: Tensor) -> Ten
     first, *rest = update.tiles()
     dx = rows[:, first] @ update.effective(weight, first)
     for tile in rest:
-        dx = torch.addmm(dx, rows[:, tile], update.effective(weight, tile))
+        dx.addmm_(rows[:, tile], update.effective(weight, tile))
     return dx
 
 
 # shape: total (T, p), left (m, T) -> (T, p)
 def _add_through(update: _Update, total: Tensor, left: Tensor) -> Tensor:
-    """``total + leftᵀ C``: after ``x B`` in a wide layer, after ``dy B`` in a tall one."""
-    parts = [torch.addmm(total[:, t], left.T, update.c(t)) for t in update.tiles()]
-    return _joined(parts, 1)
+    """``total += leftᵀ C``: after ``x B`` in a wide layer, after ``dy B`` in a tall one."""
+    for tile in update.tiles():
+        total[:, tile].addmm_(left.T, update.c(tile))
+    return total
 
 
 # shape: total (T, q), rows (T, p) -> (T, q)
 def _add_back(update: _Update, total: Tensor, rows: Tensor) -> Tensor:
-    """``total + rows Cᵀ Bᵀ``: forward in a tall layer, the gradient of the input in a wide one."""
+    """``total += rows Cᵀ Bᵀ``: forward in a tall layer, the gradient of the input in a wide one."""
     first, *rest = update.tiles()
     inner = update.c(first) @ rows[:, first].T  # (m, T)
     for tile in rest:
-        inner = torch.addmm(inner, update.c(tile), rows[:, tile].T)
-    return update.b.addmm_t(total, inner)
+        inner.addmm_(update.c(tile), rows[:, tile].T)
+    update.b.addmm_t_(total, inner)
+    return total
 
 
 # --- the interface -------------------------------------------------------------------------------

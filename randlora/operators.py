@@ -22,9 +22,9 @@ _TILE = 128  # columns gathered at a time: a table of 3,000 rows stays in a cach
 class Operator(Protocol):
     """``B / scale``, shape ``(q, m)``, by five products.
 
-    The first three take matrices with the columns of the weight; the two with a ``_t`` take them
-    transposed, by rows, as the tokens are. All return a matrix laid out by rows in the dtype of
-    their argument; those with ``add`` round once in low precision.
+    The first two take matrices with the columns of the weight; those with a ``_t`` take or change
+    them transposed, by rows, as the tokens are. Results are laid out by rows, in the dtype of the
+    argument; the two that add, in place, round once in low precision.
     """
 
     scale: float
@@ -52,16 +52,16 @@ class Operator(Protocol):
         """``Bᵀ g``: ``(q, k)`` to ``(m, k)``."""
         ...
 
-    def addmm(self, base: Tensor, c: Tensor) -> Tensor:
-        """``base + B c``: ``(q, k)`` and ``(m, k)`` to ``(q, k)``."""
+    def addmm_(self, total: Tensor, c: Tensor) -> None:
+        """``total += B c``: ``(q, k)`` and ``(m, k)``."""
         ...
 
     def tmm_t(self, x: Tensor) -> Tensor:
         """``Bᵀ xᵀ``: ``(k, q)`` to ``(m, k)``."""
         ...
 
-    def addmm_t(self, base: Tensor, c: Tensor) -> Tensor:
-        """``base + (B c)ᵀ``: ``(k, q)`` and ``(m, k)`` to ``(k, q)``."""
+    def addmm_t_(self, total: Tensor, c: Tensor) -> None:
+        """``total += (B c)ᵀ``: ``(k, q)`` and ``(m, k)``."""
         ...
 
 
@@ -88,17 +88,17 @@ class DenseOperator:
         """See :class:`Operator`."""
         return self.entries.T @ g
 
-    def addmm(self, base: Tensor, c: Tensor) -> Tensor:
+    def addmm_(self, total: Tensor, c: Tensor) -> None:
         """See :class:`Operator`."""
-        return torch.addmm(base, self.entries, c)
+        total.addmm_(self.entries, c)
 
     def tmm_t(self, x: Tensor) -> Tensor:
         """See :class:`Operator`."""
         return self.entries.T @ x.T
 
-    def addmm_t(self, base: Tensor, c: Tensor) -> Tensor:
+    def addmm_t_(self, total: Tensor, c: Tensor) -> None:
         """See :class:`Operator`."""
-        return torch.addmm(base, c.T, self.entries.T)
+        total.addmm_(c.T, self.entries.T)
 
 
 class SignOperator:
@@ -127,19 +127,19 @@ class SignOperator:
         """See :class:`Operator`."""
         return torch.cat([signs.T @ g for signs in self._cast(1, g.dtype)])
 
-    def addmm(self, base: Tensor, c: Tensor) -> Tensor:
+    def addmm_(self, total: Tensor, c: Tensor) -> None:
         """See :class:`Operator`."""
-        pairs = zip(torch.split(base, _SLICE), self._cast(0, c.dtype), strict=True)
-        return torch.cat([torch.addmm(part, signs, c) for part, signs in pairs])
+        for lo, signs in enumerate(self._cast(0, c.dtype)):
+            total[lo * _SLICE : (lo + 1) * _SLICE].addmm_(signs, c)
 
     def tmm_t(self, x: Tensor) -> Tensor:
         """See :class:`Operator`."""
         return self.tmm(x.T)
 
-    def addmm_t(self, base: Tensor, c: Tensor) -> Tensor:
+    def addmm_t_(self, total: Tensor, c: Tensor) -> None:
         """See :class:`Operator`."""
-        pairs = zip(torch.split(base, _SLICE, 1), self._cast(0, c.dtype), strict=True)
-        return torch.cat([torch.addmm(part, c.T, signs.T) for part, signs in pairs], 1)
+        for lo, signs in enumerate(self._cast(0, c.dtype)):
+            total[:, lo * _SLICE : (lo + 1) * _SLICE].addmm_(c.T, signs.T)
 
     def _cast(self, dim: int, dtype: torch.dtype) -> Iterator[Tensor]:
         return (signs.to(dtype) for signs in torch.split(self.entries, _SLICE, dim))
@@ -191,20 +191,19 @@ class GatherOperator:
         """See :class:`Operator`."""
         return _in_tiles(g, lambda tile: _gather(self.by_column, g[:, tile]))
 
-    def addmm(self, base: Tensor, c: Tensor) -> Tensor:
+    def addmm_(self, total: Tensor, c: Tensor) -> None:
         """See :class:`Operator`."""
-        return _in_tiles(c, lambda tile: base[:, tile] + _gather(self.by_row, c[:, tile]))
+        for tile in _tiles(c.shape[1]):
+            total[:, tile] += _gather(self.by_row, c[:, tile])
 
     def tmm_t(self, x: Tensor) -> Tensor:
         """See :class:`Operator`."""
         return self.tmm(x.T)
 
-    def addmm_t(self, base: Tensor, c: Tensor) -> Tensor:
+    def addmm_t_(self, total: Tensor, c: Tensor) -> None:
         """See :class:`Operator`."""
-        total = torch.empty_like(base)
         for tile in _tiles(c.shape[1]):
-            total[tile] = base[tile] + _gather(self.by_row, c[:, tile]).T
-        return total
+            total[tile] += _gather(self.by_row, c[:, tile]).T
 
 
 def _bags(rows: Tensor, columns: Tensor, values: Tensor, count: int) -> _Bags:
