@@ -44,15 +44,19 @@ import torch
 from torch import Tensor
 
 from randlora._checks import as_int, as_positive_int, as_real
-from randlora.operators import DenseOperator, GatherOperator, Operator, SignOperator
+from randlora.operators import (
+    DenseOperator,
+    GatherOperator,
+    Operator,
+    SignOperator,
+    gather_costs,
+)
 
 __all__ = ["KINDS", "BasisBank", "Store"]
 
 FORMAT_VERSION: Final = 1
 _PRIME: Final = 524287  # 2^19 - 1: a sum of 2^14 products of residues is exact in float64
 _ROWS: Final = 256  # rows drawn at a time: bounds the transient memory
-# Up to this density gathering beats dense products, in float32 and bfloat16: benchmarks/README.md.
-GATHER_DENSITY: Final = 1 / 8
 _BASE_A: Final = 0
 _BASE_B: Final = 1
 
@@ -228,8 +232,8 @@ class BasisBank:
             normal        normal                                                 compute dtype
             binary        ±1                                                     int8
             sparse        ±√(s/2) with probability 1/s each, else 0; s = 6       int8
-            very_sparse   the same with s = 32, or √q of the largest layer       non-zeros
-                          where ``inject`` makes the bank (paper, section 6.4)
+            very_sparse   the same with s = 32, or √q of the largest layer       non-zeros,
+                          where ``inject`` makes the bank (paper, section 6.4)   or int8
             ============  =====================================================  ================
 
         seed: an integer in ``[0, 2**64)``.
@@ -359,8 +363,8 @@ class Store:
     """The bases of one bank on one device, for computing in one dtype.
 
     Continuous kinds are held in that dtype and sign kinds as int8, once for all layers, which see
-    leading blocks. A ``B`` sparse enough to be applied by gathering is held by its non-zeros, once
-    for each shape.
+    leading blocks. A ``B`` sparse enough to be applied by gathering, on a CPU, is held by its
+    non-zeros, once for each shape.
     """
 
     def __init__(self, bank: BasisBank, device: torch.device, dtype: torch.dtype) -> None:
@@ -384,8 +388,8 @@ class Store:
         """
         bank = self.bank
         a = self._hold(_BASE_A, r, p)
-        # Measured on a CPU; on other devices dense products have the better of it.
-        if bank.density <= GATHER_DENSITY and self.device.type == "cpu":
+        # Measured on CPUs; elsewhere products are dense. A clear win is half their cost.
+        if self.device.type == "cpu" and sum(gather_costs(bank.density, m, self.dtype)) < 1000:
             if (q, m) not in self.gathers:
                 refuse_to_draw_while_compiling()
                 with torch.inference_mode(False):

@@ -1,347 +1,18 @@
-"""The method without modules: the update, and the linear map with it, as autograd functions.
+"""The method without modules: ``ΔW``, ``W0 + ΔW`` and the linear map with it, on tensors.
 
-Shapes, with ``p = min(out, in)``, ``q = max(out, in)``, ``m = n·r`` (paper, equation 4):
-
-    A (r, p)   B (q, m)   Λ (n, r)   Γ (n, p)   C (m, p)   ΔW (out, in)   x (T, in)   y (T, out)
-
-    C[(j,k), c] = Λ[j,k] · A[k,c] · Γ[j,c]
-    ΔW = scaling · B C            tall, out ≥ in;  (B C)ᵀ if wide
-    y  = x (W0 + ΔW)ᵀ + bias
-
-One matrix carries the whole gradient. With ``G = dyᵀ x``, transposed if wide, so always ``(q, p)``:
-
-    P = scaling · Bᵀ G            (m, p)
-    dΛ[j,k] = Σ_c P[(j,k),c] A[k,c] Γ[j,c]
-    dΓ[j,c] = Σ_k P[(j,k),c] A[k,c] Λ[j,k]
-    dx = dy (W0 + ΔW)
-
-Three products, ``x (B C)ᵀ``, ``dy (B C)`` and ``Bᵀ G``, each of which may be taken through the
-weight or through the activations; :mod:`randlora.planning` decides. ``C``, ``ΔW``, ``G`` and ``P``
-have the ``p`` columns in common, live only inside a call, and are worked through in tiles of these
-columns, of at most :data:`TRANSIENT_BYTES` each.
+Shapes and the mathematics are those of :mod:`randlora.kernel`.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from randlora.kernel import EffectiveWeight, Linear
 from randlora.operators import Operator
-from randlora.planning import AUTOMATIC, Choice, Plan, Work, choose
+from randlora.planning import AUTOMATIC, Choice, Work, choose
 
-__all__ = ["TRANSIENT_BYTES", "delta_weight", "randlora_linear"]
-
-# The one knob for memory: no temporary matrix of the shape of the weight, of C or of P is larger. A
-# layer of 14336 x 4096 in float32 is just within it.
-TRANSIENT_BYTES: Final = 256 * 2**20
-
-
-# --- the pieces, on matrices ---------------------------------------------------------------------
-
-
-def tile_width(rows: int, itemsize: int) -> int:
-    """Columns of a tile of so many rows: as many as the knob allows, and no fewer than 128."""
-    return max(128, TRANSIENT_BYTES // (rows * itemsize))
-
-
-class _Update:
-    """``ΔW``, by its factors: all that the products need of it, tile by tile of its p columns."""
-
-    def __init__(
-        self, lam: Tensor, gamma: Tensor, a: Tensor, b: Operator, scaling: float, wide: bool
-    ) -> None:
-        self.lam, self.gamma, self.a, self.b, self.wide = lam, gamma, a, b, wide
-        self.scaling = scaling * b.scale
-
-    @property
-    def out_features(self) -> int:
-        return self.a.shape[1] if self.wide else self.b.shape[0]
-
-    def tiles(self) -> list[slice]:
-        """Slices of the columns, in which nothing larger than the knob is made."""
-        p = self.a.shape[1]
-        width = tile_width(max(self.b.shape), self.a.element_size())
-        return [slice(lo, min(lo + width, p)) for lo in range(0, p, width)]
-
-    # shape: -> (m, tile)
-    def c(self, tile: slice) -> Tensor:
-        """``scaling · C``, rounded once to the dtype of ``A``."""
-        c = (self.scaling * self.lam).unsqueeze(2) * self.a[:, tile]
-        return (c * self.gamma[:, tile].unsqueeze(1)).flatten(0, 1).to(self.a.dtype)
-
-    # shape: weight (out, in) -> (q, tile), (tile, q) if wide
-    def effective(self, weight: Tensor | None, tile: slice) -> Tensor:
-        """The columns (rows, if wide) of ``W0 + ΔW``, rounded once to the dtype of ``A``."""
-        c, wide = self.c(tile), self.wide
-        if weight is None:
-            delta = self.b.mm(c)
-            return delta.T if wide else delta
-        base = weight[tile] if wide else weight[:, tile]
-        if base.dtype != c.dtype:  # autocast: W0 is of a wider dtype
-            delta = self.b.mm(c)
-            return (base + (delta.T if wide else delta)).to(c.dtype)
-        total = base.clone(memory_format=torch.contiguous_format)
-        (self.b.addmm_t_ if wide else self.b.addmm_)(total, c)
-        return total
-
-    # shape: p_tile (m, tile) -> (n, r), (n, tile)
-    def parameter_grads(
-        self, p_tile: Tensor, tile: slice, needs: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The share of a tile in ``dΛ``, and its ``dΓ``, from ``P / scaling``, as far as needed."""
-        wider = torch.promote_types(self.lam.dtype, self.a.dtype)
-        pa = p_tile.reshape(*self.lam.shape, -1).to(wider) * (self.scaling * self.a[:, tile])
-        d_lam = d_gamma = None
-        if needs[0]:
-            d_lam = (pa @ self.gamma[:, tile].to(wider).unsqueeze(2)).squeeze(2)
-        if needs[1]:
-            d_gamma = (self.lam.to(wider).unsqueeze(1) @ pa).squeeze(1)
-        return d_lam, d_gamma
-
-
-def _summed(
-    update: _Update, shares: list[tuple[Tensor | None, Tensor | None]]
-) -> tuple[Tensor | None, Tensor | None]:
-    """``dΛ`` and ``dΓ`` of all tiles."""
-    lams = [d_lam for d_lam, _ in shares if d_lam is not None]
-    gammas = [d_gamma for _, d_gamma in shares if d_gamma is not None]
-    d_lam = torch.stack(lams).sum(0) if len(lams) > 1 else lams[0] if lams else None
-    d_gamma = torch.cat(gammas, 1) if len(gammas) > 1 else gammas[0] if gammas else None
-    return (
-        None if d_lam is None else d_lam.to(update.lam.dtype),
-        None if d_gamma is None else d_gamma.to(update.gamma.dtype),
-    )
-
-
-# --- the autograd functions ----------------------------------------------------------------------
-
-
-class _EffectiveWeight(torch.autograd.Function):
-    """``W0, Λ, Γ -> W0 + ΔW``, or ``ΔW`` without ``W0``, keeping only ``Λ`` and ``Γ``."""
-
-    @staticmethod
-    def forward(
-        weight: Tensor | None,
-        lam: Tensor,
-        gamma: Tensor,
-        a: Tensor,
-        b: Operator,
-        scaling: float,
-        wide: bool,
-    ) -> Tensor:
-        with _autocast_off(lam.device):
-            update = _Update(lam, gamma, a, b, scaling, wide)
-            parts = [update.effective(weight, tile) for tile in update.tiles()]
-            return _joined(parts, 0 if wide else 1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, lam, gamma, ctx.a, ctx.b, ctx.scaling, ctx.wide = inputs
-        ctx.save_for_backward(lam, gamma)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dw,) = grads
-        lam, gamma = ctx.saved_tensors
-        needs_weight, needs_lam, needs_gamma, *_ = ctx.needs_input_grad
-        d_lam = d_gamma = None
-        with _autocast_off(dw.device):
-            if needs_lam or needs_gamma:
-                update = _Update(lam, gamma, ctx.a, ctx.b, ctx.scaling, ctx.wide)
-                g = dw.T if ctx.wide else dw
-                d_lam, d_gamma = _summed(
-                    update,
-                    [
-                        update.parameter_grads(ctx.b.tmm(g[:, t]), t, (needs_lam, needs_gamma))
-                        for t in update.tiles()
-                    ],
-                )
-        return (dw if needs_weight else None, d_lam, d_gamma, None, None, None, None)
-
-
-class _Linear(torch.autograd.Function):
-    """``x, W0, bias, Λ, Γ -> y``, and as the plan says ``(x B)ᵀ`` and ``W0 + ΔW``, to be kept.
-
-    What is kept is an output, so that backward, made of differentiable operations, can be
-    differentiated in turn. Only what the gradients asked for need is kept and computed.
-    """
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        lam: Tensor,
-        gamma: Tensor,
-        a: Tensor,
-        b: Operator,
-        scaling: float,
-        plan: Plan,
-        wide: bool,
-    ) -> tuple[Tensor, ...]:
-        with _autocast_off(x.device):
-            update = _Update(lam, gamma, a, b, scaling, wide)
-            rows = x.reshape(-1, x.shape[-1])
-            bias = bias if bias is None else bias.to(x.dtype)
-            kept: list[Tensor] = []
-            by_tokens = plan.forward == "activations"
-            if wide and (by_tokens or plan.keeps == "xb"):
-                xb = b.tmm_t(rows)
-                kept = [xb] if plan.keeps == "xb" else []
-            if by_tokens:
-                y = _frozen(rows, weight, bias, update.out_features)
-                y = _add_through(update, y, xb) if wide else _add_back(update, y, rows)
-            elif plan.keep_weight:
-                parts = [update.effective(weight, tile) for tile in update.tiles()]
-                w = _joined(parts, 0 if wide else 1)
-                y, kept = F.linear(rows, w, bias), [*kept, w]
-            else:
-                y = _by_weight(update, weight, rows, bias)
-            return (y.view(*x.shape[:-1], update.out_features), *kept)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, weight, _, lam, gamma, ctx.a, ctx.b, ctx.scaling, plan, ctx.wide = inputs
-        needs_x, needs_weight, _, needs_lam, needs_gamma, *_ = ctx.needs_input_grad
-        kept = list(output[1:])
-        xb = kept.pop(0) if plan.keeps == "xb" else None
-        w = kept.pop(0) if plan.keep_weight else None
-        needs_activation = needs_weight or needs_lam or needs_gamma
-        ctx.set_materialize_grads(False)
-        ctx.plan, ctx.shape = plan, x.shape
-        ctx.save_for_backward(
-            x if needs_activation and xb is None else None,
-            xb if needs_activation else None,
-            weight if needs_x and w is None else None,
-            w if needs_x else None,
-            lam,
-            gamma,
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x: Any
-        x, xb, weight, w, lam, gamma = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_lam, needs_gamma, *_ = ctx.needs_input_grad
-        needs, plan, wide, b = (needs_lam, needs_gamma), ctx.plan, ctx.wide, ctx.b
-        # Those of what was kept come from second derivatives alone.
-        dy, *of_kept = grads
-        dxb = of_kept.pop(0) if plan.keeps == "xb" else None
-        dw = of_kept.pop(0) if plan.keep_weight else None
-        if dy is None:
-            dy = ctx.a.new_zeros(*ctx.shape[:-1], ctx.a.shape[1] if wide else b.shape[0])
-
-        dx: Any = None
-        d_weight: Any = None
-        d_bias = d_lam = d_gamma = None
-        with _autocast_off(dy.device):
-            update = _Update(lam, gamma, ctx.a, b, ctx.scaling, wide)
-            rows = dy.reshape(-1, dy.shape[-1])  # (T, out)
-            x = x if x is None else x.reshape(-1, x.shape[-1])  # (T, in)
-            by_tokens = plan.grad_parameters == "activations" and any(needs)
-            shared = by_tokens or (needs_x and plan.grad_input == "activations")
-            dyb: Any = b.tmm_t(rows) if shared and not wide else None  # (m, T)
-            if needs_x:
-                if plan.grad_input == "weight":
-                    dx = rows @ w if w is not None else _by_weight_back(update, weight, rows)
-                else:
-                    dx = _frozen(rows, None if weight is None else weight.T, None, ctx.shape[-1])
-                    dx = _add_back(update, dx, rows) if wide else _add_through(update, dx, dyb)
-                if dxb is not None:
-                    b.addmm_t_(dx, dxb)
-                dx = dx.view(ctx.shape)
-            if needs_bias:
-                d_bias = rows.sum(0)
-            if needs_weight:
-                d_weight = rows.T @ x if dw is None else torch.addmm(dw, rows.T, x)
-            if any(needs):
-                left = (xb if xb is not None else b.tmm_t(x)) if by_tokens and wide else dyb
-                shares = []
-                p: Any
-                for tile in update.tiles():
-                    if by_tokens:
-                        p = left @ (rows if wide else x)[:, tile]  # (m, tile)
-                    elif d_weight is not None:  # it holds dw already
-                        p = b.tmm(d_weight[tile].T if wide else d_weight[:, tile])
-                    else:
-                        p = b.tmm(x.T @ rows[:, tile] if wide else rows.T @ x[:, tile])
-                    if dw is not None and (by_tokens or d_weight is None):
-                        p = p + b.tmm(dw[tile].T if wide else dw[:, tile])
-                    shares.append(update.parameter_grads(p, tile, needs))
-                d_lam, d_gamma = _summed(update, shares)
-        return dx, d_weight, d_bias, d_lam, d_gamma, None, None, None, None, None
-
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-# shape: rows (T, in), weight (out, in) -> (T, out)
-def _frozen(rows: Tensor, weight: Tensor | None, bias: Tensor | None, out: int) -> Tensor:
-    """``x W0ᵀ + bias``, and zeros without ``W0``."""
-    if weight is None:
-        return rows.new_zeros(len(rows), out)
-    return F.linear(rows, weight.to(rows.dtype), bias)
-
-
-# shape: weight (out, in), rows (T, in) -> (T, out)
-def _by_weight(update: _Update, weight: Tensor | None, rows: Tensor, bias: Tensor | None) -> Tensor:
-    """``x (W0 + ΔW)ᵀ + bias``."""
-    tiles = update.tiles()
-    if len(tiles) == 1:
-        return F.linear(rows, update.effective(weight, tiles[0]), bias)
-    if update.wide:
-        parts = [
-            F.linear(rows, update.effective(weight, t), bias if bias is None else bias[t])
-            for t in tiles
-        ]
-        return torch.cat(parts, 1)
-    y = (
-        rows.new_zeros(len(rows), update.out_features)
-        if bias is None
-        else bias.repeat(len(rows), 1)
-    )
-    for tile in tiles:
-        y.addmm_(rows[:, tile], update.effective(weight, tile).T)
-    return y
-
-
-# shape: weight (out, in), rows (T, out) -> (T, in)
-def _by_weight_back(update: _Update, weight: Tensor | None, rows: Tensor) -> Tensor:
-    """``dy (W0 + ΔW)``."""
-    if not update.wide:
-        return _joined([rows @ update.effective(weight, tile) for tile in update.tiles()], 1)
-    first, *rest = update.tiles()
-    dx = rows[:, first] @ update.effective(weight, first)
-    for tile in rest:
-        dx.addmm_(rows[:, tile], update.effective(weight, tile))
-    return dx
-
-
-# shape: total (T, p), left (m, T) -> (T, p)
-def _add_through(update: _Update, total: Tensor, left: Tensor) -> Tensor:
-    """``total += leftᵀ C``: after ``x B`` in a wide layer, after ``dy B`` in a tall one."""
-    for tile in update.tiles():
-        total[:, tile].addmm_(left.T, update.c(tile))
-    return total
-
-
-# shape: total (T, q), rows (T, p) -> (T, q)
-def _add_back(update: _Update, total: Tensor, rows: Tensor) -> Tensor:
-    """``total += rows Cᵀ Bᵀ``: forward in a tall layer, the gradient of the input in a wide one."""
-    first, *rest = update.tiles()
-    inner = update.c(first) @ rows[:, first].T  # (m, T)
-    for tile in rest:
-        inner.addmm_(update.c(tile), rows[:, tile].T)
-    update.b.addmm_t_(total, inner)
-    return total
-
-
-# --- the interface -------------------------------------------------------------------------------
+__all__ = ["delta_weight", "effective_weight", "randlora_linear"]
 
 
 def delta_weight(
@@ -364,7 +35,7 @@ def delta_weight(
         ValueError: if the shapes do not fit each other.
     """
     _check_shapes(lam, gamma, a, b)
-    delta: Tensor = _EffectiveWeight.apply(None, lam, gamma, a, b, scaling, wide)  # type: ignore[no-untyped-call]
+    delta: Tensor = EffectiveWeight.apply(None, lam, gamma, a, b, scaling, wide)  # type: ignore[no-untyped-call]
     return delta
 
 
@@ -379,7 +50,7 @@ def effective_weight(
     _check_shapes(lam, gamma, a, b)
     _check_weight(weight, gamma, b)
     wide = weight.shape[0] < weight.shape[1]
-    w: Tensor = _EffectiveWeight.apply(weight, lam, gamma, a, b, scaling, wide)  # type: ignore[no-untyped-call]
+    w: Tensor = EffectiveWeight.apply(weight, lam, gamma, a, b, scaling, wide)  # type: ignore[no-untyped-call]
     return w
 
 
@@ -420,8 +91,12 @@ def randlora_linear(
         ValueError: if the shapes do not fit each other.
     """
     _check_shapes(lam, gamma, a, b)
+    if not isinstance(choice, Choice):
+        raise TypeError(f"choice must be a planning.Choice, got {type(choice).__name__}")
     p, q = a.shape[1], b.shape[0]
     if weight is None:
+        if bias is not None:
+            raise ValueError("bias must be None without a weight: it is not the update's")
         in_features = q if isinstance(x, Tensor) and x.ndim and x.shape[-1] == q else p
     else:
         _check_weight(weight, gamma, b)
@@ -434,13 +109,14 @@ def randlora_linear(
         a,
         b,
         wide,
-        on and x.requires_grad,
-        on and (lam.requires_grad or gamma.requires_grad),
-        on and weight is not None and weight.requires_grad,
+        needs_input=on and x.requires_grad,
+        needs_parameters=on and (lam.requires_grad or gamma.requires_grad),
+        needs_weight=on and weight is not None and weight.requires_grad,
+        alone=weight is None,
     )
     # A compiler takes no caches.
     plan = (choose.__wrapped__ if torch.compiler.is_compiling() else choose)(work, choice)
-    kept = _Linear.apply(x, weight, bias, lam, gamma, a, b, scaling, plan, wide)  # type: ignore[no-untyped-call]
+    kept = Linear.apply(x, weight, bias, lam, gamma, a, b, scaling, plan, wide)  # type: ignore[no-untyped-call]
     y: Tensor = kept[0]
     return y
 
@@ -450,9 +126,11 @@ def work_of(
     a: Tensor,
     b: Operator,
     wide: bool,
-    needs_input: bool,
-    needs_parameters: bool,
+    *,
+    needs_input: bool = True,
+    needs_parameters: bool = True,
     needs_weight: bool = False,
+    alone: bool = False,
 ) -> Work:
     """What the planner has to know of a call."""
     return Work(
@@ -464,26 +142,13 @@ def work_of(
         needs_input=needs_input,
         needs_parameters=needs_parameters,
         needs_weight=needs_weight,
+        alone=alone,
         weight_cost=b.weight_cost,
         token_cost=b.token_cost,
     )
 
 
-# --- dtypes and checks ---------------------------------------------------------------------------
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast has matrix products computed in, or None where it is off."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
-
-
-def _autocast_off(device: torch.device) -> AbstractContextManager[Any]:
-    """Inside a function the dtypes are chosen already, for backward as for forward."""
-    on = autocast_dtype(device) is not None
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+# --- checks --------------------------------------------------------------------------------------
 
 
 def check_input(x: Tensor, in_features: int, dtype: torch.dtype) -> None:
@@ -511,7 +176,7 @@ def _check_shapes(lam: Tensor, gamma: Tensor, a: Tensor, b: Operator) -> None:
 
 
 def _check_weight(weight: Tensor, gamma: Tensor, b: Operator) -> None:
-    if {*weight.shape} != {b.shape[0], gamma.shape[1]}:
+    if sorted(weight.shape) != sorted((b.shape[0], gamma.shape[1])):
         raise ValueError(
             f"weight of shape {tuple(weight.shape)} does not fit bases for "
             f"q={b.shape[0]} and p={gamma.shape[1]}"

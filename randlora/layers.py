@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from randlora._checks import as_positive_int, as_real, as_scaling
 from randlora.bases import BasisBank, Store, refuse_to_draw_while_compiling
 from randlora.functional import (
-    autocast_dtype,
     check_input,
     delta_weight,
     effective_weight,
     randlora_linear,
     work_of,
 )
+from randlora.kernel import autocast_dtype
 from randlora.operators import DenseOperator, Operator
 from randlora.planning import AUTOMATIC, Choice, Plan, choose
 
@@ -52,8 +52,8 @@ class RandLoRALinear(nn.Linear):
 
     How the products are bracketed is planned for each call from the sizes and what ``B`` costs to
     apply. :attr:`choice` fixes what is not to be planned: on a layer for that layer, on the class
-    for all. ``Choice(keep_weight=True)`` is the one with which a plan takes more memory: it keeps
-    ``W0 + ΔW`` from forward to backward, which saves forming it again.
+    for all. ``Choice(keep_weight=None)`` trades memory for speed: it lets the planner keep ``W0 +
+    ΔW`` from forward to backward where forming it again would cost time.
 
     :attr:`weight` is the effective weight, so code that reads it instead of calling the module (as
     attention layers do) sees the update. :attr:`base_weight` is the frozen one, which keeps the
@@ -217,13 +217,15 @@ class RandLoRALinear(nn.Linear):
     def plan(self, tokens: int, *, needs_input: bool = True) -> Plan:
         """What a training step with so many tokens would do, see :mod:`randlora.planning`.
 
+        Without autocast and dropout, that is, and with the base weight frozen.
+
         Args:
             tokens: the product of the leading dimensions of the input.
             needs_input: whether the input requires a gradient.
         """
         a, b = self.operands(self.base_weight.dtype)
         tokens = as_positive_int("tokens", tokens)
-        return choose(work_of(tokens, a, b, self._wide, needs_input, True), self.choice)
+        return choose(work_of(tokens, a, b, self._wide, needs_input=needs_input), self.choice)
 
     def reset_parameters(self) -> None:
         """Draw the base weight and bias anew, and set the update back to its start."""

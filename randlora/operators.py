@@ -24,7 +24,7 @@ class Operator(Protocol):
 
     The first two take matrices with the columns of the weight; those with a ``_t`` take or change
     them transposed, by rows, as the tokens are. Results are laid out by rows, in the dtype of the
-    argument; the two that add, in place, round once in low precision.
+    argument; dense ones that add, in place, round once in low precision.
     """
 
     scale: float
@@ -153,6 +153,12 @@ class _Bags(NamedTuple):
     signs: Tensor
 
 
+def gather_costs(density: float, m: int, dtype: torch.dtype) -> tuple[int, int]:
+    """``weight_cost`` and ``token_cost`` of gathering: the table of :class:`GatherOperator`."""
+    weight_cost = int((2200 if dtype.itemsize >= 4 else 5500) * density)
+    return weight_cost, weight_cost + 70_000 // m
+
+
 class GatherOperator:
     """A very sparse ternary ``B``, applied by gathering and adding rows: no product is computed.
 
@@ -162,6 +168,8 @@ class GatherOperator:
 
         float32    2200 d with a matrix of the weight's shape, and 70,000 / m more with tokens,
         bfloat16   5500 d                                       which have to be transposed.
+
+    In low precision ``B c`` is rounded before it is added.
     """
 
     def __init__(self, signs: Tensor, scale: float, dtype: torch.dtype) -> None:
@@ -174,9 +182,9 @@ class GatherOperator:
         self.by_column = _bags(
             columns[by_column], rows[by_column], values[by_column], signs.shape[1]
         )
-        rate = 2200 if dtype.itemsize >= 4 else 5500
-        self.weight_cost = rate * len(rows) // signs.numel()
-        self.token_cost = self.weight_cost + 70_000 // signs.shape[1]
+        self.weight_cost, self.token_cost = gather_costs(
+            len(rows) / signs.numel(), signs.shape[1], dtype
+        )
 
     @property
     def nbytes(self) -> int:

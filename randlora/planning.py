@@ -34,7 +34,8 @@ WAYS: tuple[Way, Way] = ("weight", "activations")
 class Work:
     """One call of a layer: its sizes, what is asked for, and what applying its ``B`` costs.
 
-    ``weight_cost`` and ``token_cost`` are ``β_w`` and ``β_a`` in thousandths.
+    ``weight_cost`` and ``token_cost`` are ``β_w`` and ``β_a`` in thousandths. ``alone`` is whether
+    there is no frozen weight, as under dropout: ``x ΔWᵀ`` then takes a product of its own.
     """
 
     tokens: int
@@ -45,6 +46,7 @@ class Work:
     needs_input: bool = True
     needs_parameters: bool = True
     needs_weight: bool = False
+    alone: bool = False
     weight_cost: int = 1000
     token_cost: int = 1000
 
@@ -68,8 +70,8 @@ class Plan:
 class Choice:
     """What a user fixes of a :class:`Plan`, field by field; None leaves it to the planner.
 
-    ``keep_weight`` is False if left to the planner: it trades ``out × in`` numbers of memory for
-    speed, for each layer.
+    ``keep_weight`` is False by default: it trades ``out × in`` numbers of memory for speed, for
+    each layer, and None lets the planner do so.
 
     Raises:
         ValueError: if a value is not one of those of :class:`Plan`.
@@ -79,7 +81,7 @@ class Choice:
     grad_input: Way | None = None
     grad_parameters: Way | None = None
     keeps: Literal["x", "xb"] | None = None
-    keep_weight: bool = False
+    keep_weight: bool | None = False
 
     def __post_init__(self) -> None:
         for name in ("forward", "grad_input", "grad_parameters"):
@@ -88,8 +90,8 @@ class Choice:
                 raise ValueError(f"{name} must be one of {WAYS} or None, got {way!r}")
         if self.keeps not in (None, "x", "xb"):
             raise ValueError(f"keeps must be 'x', 'xb' or None, got {self.keeps!r}")
-        if not isinstance(self.keep_weight, bool):
-            raise ValueError(f"keep_weight must be True or False, got {self.keep_weight!r}")
+        if self.keep_weight not in (None, True, False):
+            raise ValueError(f"keep_weight must be True, False or None, got {self.keep_weight!r}")
 
 
 AUTOMATIC = Choice()
@@ -116,16 +118,16 @@ def cost(work: Work, plan: Plan) -> int:
     weight = work.weight_cost * work.m * work.q * work.p  # B C, or Bᵀ G
     tokens = work.token_cost * work.m * work.q * work.tokens  # x B, dy B, or back
     small = 1000 * work.tokens * work.m * work.p  # between the two sides of B, by tokens
-    gradient = 1000 * work.tokens * work.p * work.q  # G
+    gradient = 1000 * work.tokens * work.p * work.q  # G, and as much as the frozen layer's own
     forward = plan.forward == "activations"
     grad_input = plan.grad_input == "activations"
     grad_parameters = plan.grad_parameters == "activations"
 
     total = small * (forward + grad_input + grad_parameters)
     if not forward:
-        total += weight
-    if work.needs_input and not grad_input and not plan.keep_weight:
-        total += weight
+        total += weight + gradient * work.alone
+    if work.needs_input and not grad_input:
+        total += weight * (not plan.keep_weight) + gradient * work.alone
     if work.needs_parameters and not grad_parameters:
         total += weight
     if work.needs_weight or (work.needs_parameters and not grad_parameters):
@@ -161,7 +163,7 @@ def choose(work: Work, choice: Choice = AUTOMATIC) -> Plan:
         if fixed is not None:
             allowed = [plan for plan in allowed if getattr(plan, name) == fixed] or allowed
     least = min(cost(work, plan) for plan in allowed)
-    own = 1000 * work.tokens * work.p * work.q * (1 + work.needs_input)
+    own = 1000 * work.tokens * work.p * work.q * (1 + work.needs_input) * (not work.alone)
     good = [plan for plan in allowed if 64 * (cost(work, plan) - least) <= own + least]
     order = [(kept(work, plan), cost(work, plan), place) for place, plan in enumerate(good)]
     return good[min(order)[2]]

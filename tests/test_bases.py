@@ -189,6 +189,17 @@ def test_a_very_sparse_base_is_stored_by_its_non_zeros():
     assert bank.nbytes == b.nbytes + 4 * 4 * 100
 
 
+def test_gathering_is_left_where_it_would_lose():
+    def operator(sparsity, m, dtype):
+        bank = BasisBank("very_sparse", sparsity=sparsity)
+        return type(bank.store(CPU, dtype).operands(1, 1, 512, m)[1]).__name__
+
+    assert operator(32, 512, torch.float32) == "GatherOperator"
+    assert operator(32, 6, torch.float32) == "SignOperator"
+    assert operator(16, 256, torch.float32) == "GatherOperator"
+    assert operator(16, 256, torch.bfloat16) == "SignOperator"
+
+
 def test_a_continuous_base_is_stored_in_the_dtype_it_is_used_in():
     bank = BasisBank("dense")
     store = bank.store(CPU, torch.bfloat16)

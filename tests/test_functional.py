@@ -10,12 +10,15 @@ from hypothesis import strategies as st
 
 from randlora import BasisBank, reference
 from randlora.functional import delta_weight, randlora_linear
+from randlora.kernel import _Update
+from randlora.operators import GatherOperator
 from randlora.planning import Choice, Work, plans
 from tests import cases
 from tests.cases import assert_close, case
 
 # Some hundred roundings of float64, relative to the sum of the magnitudes of what is added up.
 EXACT = 1e-13
+BY_WEIGHT = Choice("weight", "weight", "weight")
 MASKS = {k: list(itertools.product([False, True], repeat=k)) for k in (2, 5)}
 SHAPES = {"tall": (7, 5, 2), "wide": (4, 6, 3), "square": (5, 5, 2), "one": (1, 1, 1)}
 
@@ -86,10 +89,63 @@ def test_every_plan_gives_what_the_oracle_gives(c, needs_weight, tiled):
 
         with pytest.MonkeyPatch.context() as patch:
             if tiled:
-                patch.setattr("randlora.functional.tile_width", lambda *_: 7)
+                patch.setattr("randlora.kernel.tile_width", lambda *_: 7)
             got = run(fast, c.operands(), leaves, probe, needed)
         for one, other, size in zip(got, want, sizes, strict=True):
             assert_close(one, other, EXACT, size)
+
+
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_plan_gives_the_gradients_of_every_mask(shape, tiled, gather, monkeypatch):
+    if tiled:
+        monkeypatch.setattr("randlora.kernel.tile_width", lambda *_: 2)
+    out_features, in_features, r = SHAPES[shape]
+    n = -(-min(out_features, in_features) // r)
+    c = case(BasisBank("sparse", seed=3), out_features, in_features, r, n, lead=(2, 3))
+    leaves = [c.x, c.weight, c.bias, c.lam, c.gamma]
+    probe = torch.randn(2, 3, out_features, dtype=torch.float64)
+
+    def slow(a, b, x, weight, bias, lam, gamma):
+        return reference.linear(x, weight, bias, a, b, lam, gamma, scaling=c.scaling)
+
+    a, b = c.operands()
+    if gather:
+        b = GatherOperator(b.entries, b.scale, torch.float64)
+    for mask in MASKS[5]:
+        if not any(mask):
+            continue
+        want = run(slow, c.bases(), leaves, probe, mask)
+        sizes = run(
+            slow, [t.abs() for t in c.bases()], [t.abs() for t in leaves], probe.abs(), mask
+        )
+        work = Work(
+            tokens=6, p=c.p, q=c.q, m=n * r, wide=c.wide, needs_input=mask[0],
+            needs_weight=mask[1], needs_parameters=mask[3] or mask[4],
+        )  # fmt: skip
+        for plan in plans(work):
+
+            def fast(a, b, x, weight, bias, lam, gamma, plan=plan):
+                choice = Choice(**asdict(plan))
+                return randlora_linear(
+                    x, weight, bias, lam, gamma, a, b, scaling=c.scaling, choice=choice
+                )
+
+            got = run(fast, (a, b), leaves, probe, mask)
+            for one, other, size in zip(got, want, sizes, strict=True):
+                assert_close(one, other, EXACT, size)
+
+
+def test_the_knob_bounds_the_tiles(monkeypatch):
+    c = case(BasisBank(seed=1), 600, 400, 8, 50)
+    a, b = c.operands()
+    whole = randlora_linear(c.x, c.weight, c.bias, c.lam, c.gamma, a, b, choice=BY_WEIGHT)
+    monkeypatch.setattr("randlora.kernel.TRANSIENT_BYTES", 600 * 8 * 150)
+    update = _Update(c.lam, c.gamma, a, b, 1.0, wide=False)
+    assert [t.stop - t.start for t in update.tiles()] == [150, 150, 100]
+    tiled = randlora_linear(c.x, c.weight, c.bias, c.lam, c.gamma, a, b, choice=BY_WEIGHT)
+    assert_close(tiled, whole, 1e-12)
 
 
 @given(cases.cases())
@@ -114,8 +170,13 @@ def test_the_update_alone_is_the_oracle_s(c):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_plan_passes_gradgradcheck(shape, kind, tiled, monkeypatch):
     if tiled:
-        monkeypatch.setattr("randlora.functional.tile_width", lambda *_: 2)
-    inputs = linear_inputs(shape, [True, False, True, True, True], bias=True, kind=kind)
+        monkeypatch.setattr("randlora.kernel.tile_width", lambda *_: 2)
+    *inputs, b, scaling = linear_inputs(
+        shape, [True, False, True, True, True], bias=True, kind=kind
+    )
+    if kind == "very_sparse":
+        b = GatherOperator(b.entries, b.scale, torch.float64)
+    inputs = (*inputs, b, scaling)
     out_features, in_features, r = SHAPES[shape]
     p, q = sorted((out_features, in_features))
     for plan in plans(Work(tokens=6, p=p, q=q, m=-(-p // r) * r, wide=out_features < in_features)):
@@ -240,17 +301,20 @@ def test_inputs_and_gradients_need_not_be_contiguous(shape, view):
         assert_close(one, other, EXACT)
 
 
+@pytest.mark.parametrize("way", ["weight", "activations"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "very_sparse"])
 @pytest.mark.parametrize("shape", ["tall", "wide"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_low_precision_follows_float64(shape, dtype):
+def test_low_precision_follows_float64(shape, dtype, kind, way):
     """Values and gradients within a few roundings of the dtype, with float32 parameters."""
     out_features, in_features, r = {"tall": (96, 64, 6), "wide": (64, 96, 6)}[shape]
     n = -(-min(out_features, in_features) // r)
-    c = case(BasisBank("dense", seed=2), out_features, in_features, r, n, scaling=0.01)
+    c = case(BasisBank(kind, seed=2), out_features, in_features, r, n, scaling=0.01)
+    choice = Choice(way, way, way)
     low = [c.x.to(dtype), c.weight.to(dtype), c.bias.to(dtype), c.lam.float(), c.gamma.float()]
 
     def fast(a, b, x, weight, bias, lam, gamma):
-        return randlora_linear(x, weight, bias, lam, gamma, a, b, scaling=c.scaling)
+        return randlora_linear(x, weight, bias, lam, gamma, a, b, scaling=c.scaling, choice=choice)
 
     def slow(a, b, x, weight, bias, lam, gamma):
         return reference.linear(x, weight, bias, a, b, lam, gamma, scaling=c.scaling)
@@ -287,6 +351,10 @@ def test_mismatches_are_refused_by_name():
         delta_weight(c.lam, c.gamma, a[:, :3], b)
     with pytest.raises(ValueError, match=r"b must have shape \(6, 2\).* got \(6, 4\)"):
         delta_weight(c.lam[:1], c.gamma[:1], a, b)
+    with pytest.raises(ValueError, match="bias must be None without a weight"):
+        randlora_linear(c.x, None, c.bias, c.lam, c.gamma, a, b)
+    with pytest.raises(TypeError, match=r"choice must be a planning\.Choice, got str"):
+        randlora_linear(c.x, c.weight, None, c.lam, c.gamma, a, b, choice="weight")
     with pytest.raises(ValueError, match=r"weight of shape \(7, 4\) does not fit"):
         randlora_linear(c.x, torch.zeros(7, 4).double(), None, c.lam, c.gamma, a, b)
     with pytest.raises(ValueError, match=r"input x must have shape \(\.\.\., 4\), got \(7, 3\)"):

@@ -179,6 +179,14 @@ def test_one_bank_serves_the_model():
     assert deeper[0][0].mlp[0].bank.nbytes == bank.nbytes
 
 
+def test_a_very_sparse_bank_does_not_grow_with_depth():
+    sizes = []
+    for depth in (1, 4):
+        model = inject(nn.Sequential(*(Block(64) for _ in range(depth))), basis="very_sparse")
+        sizes.append(model[0].mlp[0].bank.nbytes)
+    assert sizes[0] == sizes[1]
+
+
 def test_a_bank_of_ones_own_is_used():
     bank = BasisBank("sparse", seed=8, sparsity=4)
     assert inject(Model(), rank=3, basis=bank).gate.bank is bank

@@ -11,6 +11,7 @@ from randlora import BasisBank, RandLoRALinear
 from randlora.planning import Choice
 from tests import cases
 
+SPARSITY = {"dense": None, "sparse": None, "very_sparse": 20.0}
 SHAPES = [(12, 20), (20, 12), (12, 12)]  # (in, out)
 
 
@@ -345,8 +346,10 @@ def test_dropout_keeps_the_gradients():
     assert torch.autograd.gradcheck(fn, (x, layer.randlora_lambda, layer.randlora_gamma))
 
 
-def test_autocast_computes_in_its_dtype_and_rounds_the_weight_once():
+@pytest.mark.parametrize("way", ["weight", "activations"])
+def test_autocast_computes_in_its_dtype_and_rounds_the_weight_once(way):
     layer = trained(RandLoRALinear(12, 20, rank=4))
+    layer.choice = Choice(way, way, way, keep_weight=None)
     x = torch.randn(5, 12, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
@@ -387,20 +390,23 @@ def test_shapes_are_inferred_on_the_meta_device():
 
 # torch 2.13's own tracer instantiates autograd.Function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "very_sparse"])
 @pytest.mark.parametrize("read", ["forward", "weight"])
-def test_it_compiles_as_one_graph(kind, read):
-    layer = trained(RandLoRALinear(12, 20, rank=4, bank=BasisBank(kind)))
+@pytest.mark.parametrize("shape", [(120, 200), (200, 120)])
+def test_it_compiles_as_one_graph(kind, read, shape):
+    layer = trained(RandLoRALinear(*shape, rank=4, bank=BasisBank(kind, sparsity=SPARSITY[kind])))
 
     def fn(x):
         return layer(x) if read == "forward" else F.linear(x, layer.weight)
 
-    x = torch.randn(5, 12)
+    torch.compiler.reset()
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
-    got = torch.autograd.grad(compiled(x).sum(), layer.randlora_gamma)[0]
-    want = torch.autograd.grad(fn(x).sum(), layer.randlora_gamma)[0]
-    cases.assert_close(compiled(x), fn(x), 1e-6)
-    cases.assert_close(got, want, 1e-5)
+    for tokens in (5, 500):  # through the activations, and through the weight
+        x = torch.randn(tokens, shape[0])
+        got = torch.autograd.grad(compiled(x).sum(), layer.randlora_gamma)[0]
+        want = torch.autograd.grad(fn(x).sum(), layer.randlora_gamma)[0]
+        cases.assert_close(compiled(x), fn(x), 1e-5)
+        cases.assert_close(got, want, 1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")

@@ -59,7 +59,7 @@ def test_products_are_those_of_the_dense_value(kind, layout, q, m, k):
 @pytest.mark.parametrize("kind", KINDS)
 def test_results_are_laid_out_by_rows(kind):
     b, _ = make(kind, 7, 5)
-    c, g, x = matrix(5, 6, "columns"), matrix(7, 6, "rows"), matrix(6, 7, "rows")
+    c, g, x = matrix(5, 300, "columns"), matrix(7, 300, "columns"), matrix(300, 7, "rows")
     for result in (b.mm(c), b.tmm(g), b.tmm_t(x)):
         assert result.is_contiguous()
 

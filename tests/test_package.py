@@ -22,8 +22,9 @@ MAY_IMPORT = {
     "operators": set(),
     "planning": set(),
     "bases": {"_checks", "operators"},
-    "functional": {"operators", "planning"},
-    "layers": {"_checks", "bases", "functional", "operators", "planning"},
+    "kernel": {"operators", "planning"},
+    "functional": {"kernel", "operators", "planning"},
+    "layers": {"_checks", "bases", "functional", "kernel", "operators", "planning"},
     "injection": {"_checks", "bases", "layers"},
     "diagnostics": {"bases", "layers", "planning"},
 }

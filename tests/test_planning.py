@@ -27,6 +27,7 @@ def works(draw) -> Work:
         needs_input=draw(st.booleans()),
         needs_parameters=draw(st.booleans()),
         needs_weight=draw(st.booleans()),
+        alone=draw(st.booleans()),
         weight_cost=draw(st.integers(10, 1000)),
         token_cost=draw(st.integers(10, 1000)),
     )
@@ -54,6 +55,9 @@ def products(work, plan):
                 made[-1] = "x B again"
     if work.needs_weight:
         made.append("G")
+    if work.alone:
+        made += ["x W"] * (plan.forward == "weight")
+        made += ["dy W"] * (work.needs_input and plan.grad_input == "weight")
     return set(made)
 
 
@@ -62,7 +66,7 @@ def price(work, product):
         return work.weight_cost * work.m * work.q * work.p
     if product.endswith("small"):
         return 1000 * work.tokens * work.m * work.p
-    if product == "G":
+    if product in ("G", "x W", "dy W"):
         return 1000 * work.tokens * work.p * work.q
     return work.token_cost * work.tokens * work.m * work.q
 
@@ -89,9 +93,10 @@ def test_the_choice_is_that_of_brute_force(work):
             if plan.grad_parameters == "activations" and not work.needs_parameters:
                 continue
             total = sum(price(work, product) for product in products(work, plan))
-            everything.append((kept(work, plan), total))
+            x = (work.q if work.wide else work.p) * (work.needs_parameters or work.needs_weight)
+            everything.append((work.tokens * (work.m if keeps == "xb" else x), total))
     least = min(total for _, total in everything)
-    own = 1000 * work.tokens * work.p * work.q * (1 + work.needs_input)
+    own = 0 if work.alone else 1000 * work.tokens * work.p * work.q * (1 + work.needs_input)
     best = min(entry for entry in everything if 64 * (entry[1] - least) <= own + least)
     plan = choose(work)
     assert (kept(work, plan), cost(work, plan)) == best
@@ -103,8 +108,11 @@ def test_what_is_fixed_is_kept_to_and_the_rest_is_best(work, name, data):
     plan = choose(work, Choice(**{name: way}))
     possible = [p for p in plans(work) if getattr(p, name) == way and not p.keep_weight]
     if possible:
-        assert getattr(plan, name) == way
         assert plan in possible
+        least = min(cost(work, p) for p in possible)
+        own = 0 if work.alone else 1000 * work.tokens * work.p * work.q * (1 + work.needs_input)
+        good = [p for p in possible if 64 * (cost(work, p) - least) <= own + least]
+        assert kept(work, plan) == min(kept(work, p) for p in good)
 
 
 def test_small_and_large_batches_go_different_ways():
@@ -127,11 +135,14 @@ def test_the_weight_is_kept_only_on_request():
     work = Work(tokens=3200, p=768, q=768, m=768, wide=False)
     assert not choose(work).keep_weight
     assert choose(work, Choice(keep_weight=True)).keep_weight
+    assert choose(work, Choice(keep_weight=None)).keep_weight
+    few = dataclasses.replace(work, tokens=20)
+    assert not choose(few, Choice(keep_weight=None)).keep_weight
 
 
 @pytest.mark.parametrize(
     "keywords",
-    [{"forward": "fast"}, {"grad_input": 1}, {"keeps": "y"}, {"keep_weight": None}],
+    [{"forward": "fast"}, {"grad_input": 1}, {"keeps": "y"}, {"keep_weight": 2}],
 )
 def test_bad_choices_are_refused(keywords):
     (name,) = keywords
@@ -173,3 +184,18 @@ def test_the_kernel_multiplies_as_often_as_the_plan_costs(shape, mask):
             y.sum().backward()
         done = counter.get_total_flops() // 2
         assert done == own + cost(work, plan) // 1000 + reductions, plan
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
+def test_the_update_alone_multiplies_as_often_as_the_plan_costs(shape):
+    out_features, in_features = shape
+    c = cases.case(BasisBank(seed=1), out_features, in_features, 5, 4, lead=(17,))
+    a, b = c.operands()
+    x, lam = c.x.clone().requires_grad_(), c.lam.clone().requires_grad_()
+    work = Work(tokens=17, p=24, q=max(shape), m=20, wide=c.wide, alone=True)
+    mapping = {torch.ops.aten.addmm_: addmm}
+    for plan in plans(work):
+        choice = Choice(**dataclasses.asdict(plan))
+        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            randlora_linear(x, None, None, lam, c.gamma, a, b, choice=choice).sum().backward()
+        assert counter.get_total_flops() // 2 == cost(work, plan) // 1000 + 20 * 24, plan
