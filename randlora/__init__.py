@@ -1,6 +1,6 @@
 """RandLoRA: fine-tuning with full-rank updates at the parameter count of LoRA."""
 
-from randlora import functional, reference
+from randlora import functional, planning, reference
 from randlora.bases import BasisBank
 from randlora.diagnostics import rank_report, summary
 from randlora.injection import adapter_parameters, inject
@@ -14,6 +14,7 @@ __all__ = [
     "adapter_parameters",
     "functional",
     "inject",
+    "planning",
     "rank_report",
     "reference",
     "summary",
