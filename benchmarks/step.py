@@ -418,6 +418,7 @@ def curves(rounds: int, folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows: list[dict[str, object]] = []
+    worst = {"dense": 0.0, "very_sparse": 0.0}
     total = sum(map(len, CURVES.values()))
     with tqdm(total=total, desc="curves", leave=False) as bar:
         for curve, changes in CURVES.items():
@@ -426,16 +427,13 @@ def curves(rounds: int, folder: Path) -> None:
                 times = curve_point(case, rounds)
                 value = case.batch * case.length if curve == "tokens" else change[curve]
                 rows.append({"curve": curve, "value": value, **times})
+                for basis in worst:
+                    better = min(times[f"{basis}, {way}"] for way in PURE)
+                    ratio = times[f"{basis}, planned"] / better
+                    worst[basis] = max(worst[basis], ratio)
+                    tqdm.write(f"{curve} {value}, {basis}: planned / better pure {ratio:.2f}")
                 bar.update()
     write(folder / "curves.csv", rows)
-    worst: dict[str, float] = {}
-    for row in rows:
-        for basis in ("dense", "very_sparse"):
-            better = min(row[f"{basis}, {way}"] for way in PURE)
-            ratio = row[f"{basis}, planned"] / better
-            worst[basis] = max(worst.get(basis, 0.0), ratio)
-            place = f"{row['curve']:>7} {row['value']:>5}  {basis:<12}"
-            print(f"{place} planned / better pure {ratio:.2f}")
     print("worst:", ", ".join(f"{basis} {ratio:.2f}" for basis, ratio in worst.items()))
     figure, axes = plt.subplots(1, len(CURVES), figsize=(16, 4), layout="constrained")
     for ax, curve in zip(axes, CURVES, strict=True):
