@@ -65,8 +65,8 @@ class Operator(Protocol):
         ...
 
 
-class DenseOperator:
-    """A ``B`` stored in the dtype it is applied in."""
+class _Stored:
+    """A matrix that is held entry by entry, and multiplied as such."""
 
     weight_cost = token_cost = 1000
 
@@ -79,6 +79,10 @@ class DenseOperator:
         """``(q, m)``."""
         q, m = self.entries.shape
         return q, m
+
+
+class DenseOperator(_Stored):
+    """A ``B`` stored in the dtype it is applied in."""
 
     def mm(self, c: Tensor) -> Tensor:
         """See :class:`Operator`."""
@@ -101,23 +105,11 @@ class DenseOperator:
         total.addmm_(c.T, self.entries.T)
 
 
-class SignOperator:
+class SignOperator(_Stored):
     """A ``B`` stored as int8 signs, cast a slice of the result at a time.
 
     The casts are a share of about ``1 / k`` of the products with ``k`` columns.
     """
-
-    weight_cost = token_cost = 1000
-
-    def __init__(self, entries: Tensor, scale: float) -> None:
-        self.entries = entries
-        self.scale = scale
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(q, m)``."""
-        q, m = self.entries.shape
-        return q, m
 
     def mm(self, c: Tensor) -> Tensor:
         """See :class:`Operator`."""
