@@ -95,6 +95,38 @@ def test_every_plan_gives_what_the_oracle_gives(c, needs_weight, tiled):
             assert_close(one, other, EXACT, size)
 
 
+@pytest.mark.parametrize("shape", ["tall", "wide"])
+def test_every_plan_can_be_differentiated_twice_while_the_weight_is_trained(shape):
+    inputs = linear_inputs(shape, [True] * 5, bias=True)
+    out_features, in_features, r = SHAPES[shape]
+    p, q = sorted((out_features, in_features))
+    m, wide = -(-p // r) * r, out_features < in_features
+    for plan in plans(Work(tokens=6, p=p, q=q, m=m, wide=wide, needs_weight=True)):
+        choice = Choice(**asdict(plan))
+
+        def fn(*inputs, choice=choice):
+            *tensors, a, b, scaling = inputs
+            return randlora_linear(*tensors, a, b, scaling=scaling, choice=choice)
+
+        assert torch.autograd.gradgradcheck(fn, inputs)
+
+
+def test_gradients_of_low_precision_are_summed_in_that_of_the_parameters():
+    """From P in bfloat16: exact to float32, where sums in bfloat16 would be off by a hundredth."""
+    c = case(BasisBank(seed=2), 2000, 2000, 4, 3)
+    a, b = c.operands(torch.bfloat16)
+    lam, gamma = c.lam.float(), c.gamma.float()
+    p = torch.randn(12, 2000).bfloat16()
+    grads = _Update(lam, gamma, a, b, 1.0, wide=False).parameter_grads(
+        p, slice(0, 2000), (True, True)
+    )
+    pa = p.double().view(3, 4, -1) * a.double()
+    wants = (pa * gamma.double().unsqueeze(1)).sum(2), (pa * lam.double().unsqueeze(2)).sum(1)
+    for got, want in zip(grads, wants, strict=True):
+        assert got.dtype == torch.float32
+        assert_close(got.double(), want, 1e-5)
+
+
 @pytest.mark.parametrize("gather", [False, True])
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
