@@ -32,6 +32,7 @@ from torch import Tensor
 
 from randlora.operators import Operator
 from randlora.planning import Plan
+from randlora.products import addmm_, mm
 
 __all__ = ["TRANSIENT_BYTES", "EffectiveWeight", "Linear", "autocast_dtype"]
 
@@ -271,9 +272,12 @@ class Linear(torch.autograd.Function):
             dyb: Any = b.tmm_t(rows) if shared and not wide else None  # (m, T)
             if needs_x:
                 if plan.grad_input == "weight":
-                    dx = rows @ w if w is not None else _by_weight_back(update, weight, rows)
+                    dx = mm(rows, w) if w is not None else _by_weight_back(update, weight, rows)
                 else:
-                    dx = _frozen(rows, None if weight is None else weight.T, None, ctx.shape[-1])
+                    if weight is None:
+                        dx = rows.new_zeros(len(rows), ctx.shape[-1])
+                    else:
+                        dx = mm(rows, weight.to(rows.dtype))
                     dx = _add_back(update, dx, rows) if wide else _add_through(update, dx, dyb)
                 if dxb is not None:
                     b.addmm_t_(dx, dxb)
@@ -281,18 +285,18 @@ class Linear(torch.autograd.Function):
             if needs_bias:
                 d_bias = rows.sum(0)
             if needs_weight:
-                d_weight = rows.T @ x if dw is None else torch.addmm(dw, rows.T, x)
+                d_weight = mm(rows.T, x) if dw is None else torch.addmm(dw, rows.T, x)
             if any(needs):
                 left = (xb if xb is not None else b.tmm_t(x)) if by_tokens and wide else dyb
                 shares = []
                 p: Any
                 for tile in update.tiles():
                     if by_tokens:
-                        p = left @ (rows if wide else x)[:, tile]  # (m, tile)
+                        p = mm(left, (rows if wide else x)[:, tile])  # (m, tile)
                     elif d_weight is not None:  # it holds dw already
                         p = b.tmm(d_weight[tile].T if wide else d_weight[:, tile])
                     else:
-                        p = b.tmm(x.T @ rows[:, tile] if wide else rows.T @ x[:, tile])
+                        p = b.tmm(mm(x.T, rows[:, tile]) if wide else mm(rows.T, x[:, tile]))
                     if dw is not None and (by_tokens or d_weight is None):
                         p = p + b.tmm(dw[tile].T if wide else dw[:, tile])
                     shares.append(update.parameter_grads(p, tile, needs))
@@ -338,11 +342,11 @@ def _by_weight(update: _Update, weight: Tensor | None, rows: Tensor, bias: Tenso
 def _by_weight_back(update: _Update, weight: Tensor | None, rows: Tensor) -> Tensor:
     """``dy (W0 + ΔW)``."""
     if not update.wide:
-        return _joined([rows @ update.effective(weight, tile) for tile in update.tiles()], 1)
+        return _joined([mm(rows, update.effective(weight, tile)) for tile in update.tiles()], 1)
     first, *rest = update.tiles()
-    dx = rows[:, first] @ update.effective(weight, first)
+    dx = mm(rows[:, first], update.effective(weight, first))
     for tile in rest:
-        dx.addmm_(rows[:, tile], update.effective(weight, tile))
+        addmm_(dx, rows[:, tile], update.effective(weight, tile))
     return dx
 
 
@@ -350,7 +354,7 @@ def _by_weight_back(update: _Update, weight: Tensor | None, rows: Tensor) -> Ten
 def _add_through(update: _Update, total: Tensor, left: Tensor) -> Tensor:
     """``total += leftᵀ C``: after ``x B`` in a wide layer, after ``dy B`` in a tall one."""
     for tile in update.tiles():
-        total[:, tile].addmm_(left.T, update.c(tile))
+        addmm_(total[:, tile], left.T, update.c(tile))
     return total
 
 
@@ -358,8 +362,8 @@ def _add_through(update: _Update, total: Tensor, left: Tensor) -> Tensor:
 def _add_back(update: _Update, total: Tensor, rows: Tensor) -> Tensor:
     """``total += rows Cᵀ Bᵀ``: forward in a tall layer, the gradient of the input in a wide one."""
     first, *rest = update.tiles()
-    inner = update.c(first) @ rows[:, first].T  # (m, T)
+    inner = mm(update.c(first), rows[:, first].T)  # (m, T)
     for tile in rest:
-        inner.addmm_(update.c(tile), rows[:, tile].T)
+        addmm_(inner, update.c(tile), rows[:, tile].T)
     update.b.addmm_t_(total, inner)
     return total

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from randlora.products import addmm_, mm, onednn
+
 __all__ = ["DenseOperator", "GatherOperator", "Operator", "SignOperator"]
 
 _SLICE = 256  # rows or columns of signs cast at a time
@@ -86,23 +88,23 @@ class DenseOperator(_Stored):
 
     def mm(self, c: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        return self.entries @ c
+        return mm(self.entries, c)
 
     def tmm(self, g: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        return self.entries.T @ g
+        return mm(self.entries.T, g)
 
     def addmm_(self, total: Tensor, c: Tensor) -> None:
         """See :class:`Operator`."""
-        total.addmm_(self.entries, c)
+        addmm_(total, self.entries, c)
 
     def tmm_t(self, x: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        return self.entries.T @ x.T
+        return mm(self.entries.T, x.T)
 
     def addmm_t_(self, total: Tensor, c: Tensor) -> None:
         """See :class:`Operator`."""
-        total.addmm_(c.T, self.entries.T)
+        addmm_(total, c.T, self.entries.T)
 
 
 class SignOperator(_Stored):
@@ -113,16 +115,16 @@ class SignOperator(_Stored):
 
     def mm(self, c: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        return torch.cat([signs @ c for signs in self._cast(0, c.dtype)])
+        return torch.cat([mm(signs, c) for signs in self._cast(0, c.dtype)])
 
     def tmm(self, g: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        return torch.cat([signs.T @ g for signs in self._cast(1, g.dtype)])
+        return torch.cat([mm(signs.T, g) for signs in self._cast(1, g.dtype)])
 
     def addmm_(self, total: Tensor, c: Tensor) -> None:
         """See :class:`Operator`."""
         for lo, signs in enumerate(self._cast(0, c.dtype)):
-            total[lo * _SLICE : (lo + 1) * _SLICE].addmm_(signs, c)
+            addmm_(total[lo * _SLICE : (lo + 1) * _SLICE], signs, c)
 
     def tmm_t(self, x: Tensor) -> Tensor:
         """See :class:`Operator`."""
@@ -131,7 +133,7 @@ class SignOperator(_Stored):
     def addmm_t_(self, total: Tensor, c: Tensor) -> None:
         """See :class:`Operator`."""
         for lo, signs in enumerate(self._cast(0, c.dtype)):
-            total[:, lo * _SLICE : (lo + 1) * _SLICE].addmm_(c.T, signs.T)
+            addmm_(total[:, lo * _SLICE : (lo + 1) * _SLICE], c.T, signs.T)
 
     def _cast(self, dim: int, dtype: torch.dtype) -> Iterator[Tensor]:
         return (signs.to(dtype) for signs in torch.split(self.entries, _SLICE, dim))
@@ -147,8 +149,9 @@ class _Bags(NamedTuple):
 
 def gather_costs(density: float, m: int, dtype: torch.dtype) -> tuple[int, int]:
     """``weight_cost`` and ``token_cost`` of gathering: the table of :class:`GatherOperator`."""
-    weight_cost = int((2200 if dtype.itemsize >= 4 else 5500) * density)
-    return weight_cost, weight_cost + 70_000 // m
+    faster = 2 if onednn(dtype, torch.device("cpu")) else 1  # the dense products compared with
+    weight_cost = int((2200 if dtype.itemsize >= 4 else 5500) * density) * faster
+    return weight_cost, weight_cost + 70_000 * faster // m
 
 
 class GatherOperator:
@@ -159,7 +162,9 @@ class GatherOperator:
     at density ``d`` and ``m`` columns (``benchmarks/README.md``):
 
         float32    2200 d with a matrix of the weight's shape, and 70,000 / m more with tokens,
-        bfloat16   5500 d                                       which have to be transposed.
+        bfloat16   5500 d                                       which have to be transposed;
+
+    and twice that where float32 products go to oneDNN (:mod:`randlora.products`).
 
     In low precision ``B c`` is rounded before it is added.
     """

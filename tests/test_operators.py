@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from randlora import products
 from randlora.operators import DenseOperator, GatherOperator, SignOperator
 from tests.cases import assert_close
 
@@ -114,6 +115,7 @@ def test_costs_follow_the_density():
     signs = torch.zeros(400, 500, dtype=torch.int8)
     signs[:, ::10] = 1
     b = GatherOperator(signs, 1.0, torch.float32)
-    assert (b.weight_cost, b.token_cost) == (220, 360)
+    faster = 2 if products.onednn(torch.float32, torch.device("cpu")) else 1
+    assert (b.weight_cost, b.token_cost) == (220 * faster, 360 * faster)
     assert GatherOperator(signs, 1.0, torch.bfloat16).weight_cost == 550
     assert DenseOperator(torch.zeros(2, 2)).token_cost == 1000

@@ -19,10 +19,11 @@ SOURCE = Path(randlora.__file__).parent
 MAY_IMPORT = {
     "_checks": set(),
     "reference": set(),
-    "operators": set(),
+    "products": set(),
+    "operators": {"products"},
     "planning": set(),
     "bases": {"_checks", "operators"},
-    "kernel": {"operators", "planning"},
+    "kernel": {"operators", "planning", "products"},
     "functional": {"kernel", "operators", "planning"},
     "layers": {"_checks", "bases", "functional", "kernel", "operators", "planning"},
     "injection": {"_checks", "bases", "layers"},

@@ -1,0 +1,126 @@
+"""Products by oneDNN: the same values, where it may be asked, and no others."""
+
+import itertools
+
+import pytest
+import torch
+
+from randlora import BasisBank, kernel, products, reference
+from randlora.functional import randlora_linear
+from randlora.planning import Choice
+from tests import cases
+from tests.cases import assert_close
+from tests.test_operators import matrix
+
+LAYOUTS = ("rows", "columns", "strided", "tile")
+needs_onednn = pytest.mark.skipif(
+    not products.onednn(torch.float32, torch.device("cpu")), reason="no use for oneDNN here"
+)
+
+
+def laid_out(rows, columns, layout, dtype=torch.float32):
+    if layout == "tile":
+        return torch.randn(rows, columns + 3).to(dtype)[:, 1:-2]
+    return matrix(rows, columns, layout, dtype)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How often oneDNN was asked; it answers in float64 where this machine has no use for it."""
+    calls = []
+    real = products._onednn if products._available() else lambda a, b: a @ b
+
+    def record(a, b):
+        assert not torch.is_grad_enabled()
+        calls.append((a.shape, b.shape))
+        return real(a, b)
+
+    monkeypatch.setattr(products, "_available", lambda: True)
+    monkeypatch.setattr(products, "_onednn", record)
+    return calls
+
+
+@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, repeat=2)), ids=str)
+@pytest.mark.parametrize("size", [(300, 200, 250), (64, 1000, 201), (70, 64, 2000), (1025, 96, 97)])
+@torch.no_grad()
+def test_products_are_those_of_torch(size, layouts, asked):
+    rows, inner, columns = size
+    a, b = laid_out(rows, inner, layouts[0]), laid_out(inner, columns, layouts[1])
+    exact, magnitude = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    # Each of the sums has so many terms, and one rounding for each is more than is made.
+    bound = inner * torch.finfo(torch.float32).eps
+    assert_close(products.mm(a, b).double(), exact, bound, magnitude)
+    for total in (laid_out(rows, columns, layout) for layout in LAYOUTS):
+        want = total.double() + exact
+        products.addmm_(total, a, b)
+        assert_close(total.double(), want, bound, magnitude + want.abs())
+    # A view with no unit stride is never handed over, nor two that are both no whole matrices.
+    hard = "strided" in layouts or layouts == ("tile", "tile")
+    assert len(asked) == (0 if hard else 1 + len(LAYOUTS))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": 63}, {"inner": 63}, {"columns": 63}, {"rows": 0}, {"inner": 0}, {"columns": 0},
+        {"rows": 64, "inner": 64, "columns": 64}, {"dtype": torch.float64},
+        {"dtype": torch.bfloat16}, {"dtype": torch.float16}, {"grad": True}, {"off": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_products_are_left_to_torch_to_the_bit(change, asked, monkeypatch):
+    of = {"rows": 400, "inner": 300, "columns": 200, "dtype": torch.float32, **change}
+    a = torch.randn(of["rows"], of["inner"]).to(of["dtype"])
+    b = torch.randn(of["inner"], of["columns"]).to(of["dtype"])
+    if "off" in change:
+        monkeypatch.setattr(products, "ONEDNN", False)
+    with torch.set_grad_enabled("grad" in change):
+        assert torch.equal(products.mm(a, b), a @ b)
+        total = torch.randn(of["rows"], of["columns"]).to(of["dtype"])
+        want = torch.addmm(total, a, b)
+        products.addmm_(total, a, b)
+        assert torch.equal(total, want)
+    assert not asked
+
+
+def test_an_operator_of_another_signature_is_no_use(monkeypatch):
+    monkeypatch.setattr(products, "_onednn", lambda a, b: torch.ops.mkldnn.not_there(a, b))
+    assert not products._available.__wrapped__()
+
+
+@needs_onednn
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("shape", [(320, 256), (256, 320)])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "very_sparse"])
+def test_large_layers_in_float32_agree_with_the_oracle(kind, shape, tiled, asked, monkeypatch):
+    """At sizes where oneDNN is asked, which the properties at small ones do not reach."""
+    monkeypatch.setattr(kernel, "TRANSIENT_BYTES", 320 * 4 * 128 if tiled else 2**28)
+    c = cases.case(BasisBank(kind, seed=3), *shape, 8, 32, lead=(3, 150))
+    a, b = c.operands(torch.float32)
+    probe = torch.randn(3, 150, shape[0])
+    names = ("x", "weight", "bias", "lam", "gamma")
+    for ways in itertools.product(("weight", "activations"), repeat=3):
+        leaves = [getattr(c, name).float().requires_grad_() for name in names]
+        y = randlora_linear(*leaves, a, b, scaling=0.7, choice=Choice(*ways, keep_weight=None))
+        got = torch.autograd.grad((y * probe).sum(), leaves)
+        exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+        bases = c.bases()
+        want = reference.linear(*exact[:3], *bases, *exact[3:], scaling=0.7)
+        wants = torch.autograd.grad((want * probe).sum(), exact)
+        for one, other in zip((y, *got), (want, *wants), strict=True):
+            # Sums of some 10,000 products of order one, against the largest of them.
+            assert_close(one.double(), other, 1e-5)
+    assert asked
+
+
+def test_second_derivatives_go_around_it(asked):
+    c = cases.case(BasisBank(seed=3), 320, 256, 8, 32, lead=(200,))
+    a, b = c.operands(torch.float32)
+    x, weight, lam, gamma = (t.float() for t in (c.x, c.weight, c.lam, c.gamma))
+    lam.requires_grad_()
+    y = randlora_linear(x, weight, None, lam, gamma, a, b)
+    (first,) = torch.autograd.grad(y.square().sum(), lam, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), lam)
+    assert asked  # in the forward, where nothing is recorded
+    assert second.isfinite().all()
+    assert second.abs().max() > 0
