@@ -9,8 +9,6 @@ twice as fast (``benchmarks/README.md``).
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -24,23 +22,30 @@ _SMALLEST = 64  # where it was measured not to lose: every dimension at least,
 _LEAST = 2**23  # and multiply-adds
 
 
-@lru_cache(maxsize=1)
+_SIGNATURE = (
+    "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, "
+    "str? algorithm) -> Tensor Y"
+)
+
+
 def _available() -> bool:
-    """Whether this torch has the operator, and this machine what it is faster for."""
+    """Whether this torch has the operator as it is used here, and this machine a use for it."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     try:
-        one = torch.ones(1, 1)
-        return bool(torch.equal(_onednn(one, one), one))
-    except (AttributeError, RuntimeError, TypeError):  # another signature in another torch
+        return str(torch.ops.mkldnn._linear_pointwise.default._schema) == _SIGNATURE
+    except AttributeError:
         return False
+
+
+_AVAILABLE = _available()
 
 
 def onednn(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether large products of this dtype, there, go to oneDNN where ``a @ b`` would not."""
-    return ONEDNN and dtype == torch.float32 and device.type == "cpu" and _available()
+    return ONEDNN and dtype == torch.float32 and device.type == "cpu" and _AVAILABLE
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:

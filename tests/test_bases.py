@@ -196,8 +196,8 @@ def test_gathering_is_left_where_it_would_lose():
 
     assert operator(32, 512, torch.float32) == "GatherOperator"
     assert operator(32, 6, torch.float32) == "SignOperator"
-    assert operator(20, 512, torch.float32) == "GatherOperator"
-    assert operator(20, 512, torch.bfloat16) == "SignOperator"
+    assert operator(20, 2048, torch.float32) == "GatherOperator"
+    assert operator(20, 2048, torch.bfloat16) == "SignOperator"
 
 
 def test_a_continuous_base_is_stored_in_the_dtype_it_is_used_in():
