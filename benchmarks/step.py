@@ -170,6 +170,7 @@ METHODS: dict[str, Callable[[nn.Module, Case], nn.Module]] = {
     "dense, weight kept": ours("dense", Choice(keep_weight=None)),
     "sparse": ours("sparse"),
     "very sparse": ours("very_sparse"),
+    "isometric": ours("isometric"),
 }
 
 
@@ -190,7 +191,7 @@ def check(model: nn.Module, case: Case) -> None:
         x = torch.randn(64, layer.in_features).to(case.dtype)
         probe = torch.randn(64, layer.out_features).to(case.dtype)
         lam, gamma = layer.randlora_lambda, layer.randlora_gamma
-        (r, p), (q, m) = layer._sizes
+        (r, p), (q, m) = layer.sizes
         a, b = layer.bank.a(r, p).double(), layer.bank.b(q, m).double()
         got = [x, lam, gamma]
         want = [t.detach().double() for t in got]

@@ -26,6 +26,12 @@ block ``B[:q, :m]`` with ``min(q, m)`` up to :func:`pivots` has full rank with c
 ones all but surely. The rule looks at nothing but the leading block, so prefixes stay prefixes.
 
 ``A`` is dense and continuous whatever the kind: a zero column of ``A`` is a zero column of ΔW.
+
+**Factors.** An isometric base is no stream of entries, but two factors whose sizes follow from its
+own (:mod:`randlora.isometry`): there are no prefixes, and layers of one shape share their ``B``, or
+of several whose factors have one shape a factor. Row ``i`` of factor ``f`` (1 or 2), ``R × C``, is
+the normal stream at counter ``(0, i, R << 32 | C, f)``, orthonormalised in float64 by operations
+whose rounding IEEE 754 defines. So it is a function of (version, seed, ``f``, ``R``, ``C``) alone.
 """
 
 from __future__ import annotations
@@ -44,9 +50,11 @@ import torch
 from torch import Tensor
 
 from randlora._checks import as_int, as_positive_int, as_real
+from randlora.isometry import factor_shapes, is_isometry, orthonormal
 from randlora.operators import (
     DenseOperator,
     GatherOperator,
+    KroneckerOperator,
     Operator,
     SignOperator,
     gather_costs,
@@ -131,6 +139,7 @@ _UNIFORM = _Distribution(0, 32, _uniform, signs=False)
 _NORMAL = _Distribution(1, 16, _normal, signs=False)
 _BINARY = _Distribution(2, 1, _binary, signs=True)
 _TERNARY = _Distribution(3, 32, _ternary, signs=True)
+_FACTORS = _Distribution(4, 16, _normal, signs=False)  # before they are orthonormalised
 
 
 @dataclass(frozen=True)
@@ -149,18 +158,25 @@ KINDS: Final[dict[str, _Kind]] = {
     "sparse": _Kind(_TERNARY, sparsity=6.0),
     # √q of the largest target: `inject` knows it and says so; a bank made by hand assumes q = 1024.
     "very_sparse": _Kind(_TERNARY, sparsity=32.0),
+    "isometric": _Kind(_FACTORS),
 }
 
 
 def _draw(
-    base: int, law: _Distribution, seed: int, sparsity: float, rows: range, columns: int
+    base: int,
+    law: _Distribution,
+    seed: int,
+    sparsity: float,
+    rows: range,
+    columns: int,
+    place: tuple[int, int] = (0, 0),
 ) -> Values:
     """Entries of the given rows, shape ``(len(rows), columns)``, before the pivots."""
     words = -(-columns * law.bits // 64)
     raw = np.empty((len(rows), words), dtype=np.uint64)
     key = np.array([seed, FORMAT_VERSION << 32 | base << 16 | law.code], dtype=np.uint64)
     for slot, row in enumerate(rows):
-        counter = np.array([0, row, 0, 0], dtype=np.uint64)
+        counter = np.array([0, row, *place], dtype=np.uint64)
         raw[slot] = np.random.Philox(key=key, counter=counter).random_raw(words)
     return law.decode(raw, sparsity)[:, :columns]
 
@@ -234,6 +250,8 @@ class BasisBank:
             sparse        ±√(s/2) with probability 1/s each, else 0; s = 6       int8
             very_sparse   the same with s = 32, or √q of the largest layer       non-zeros,
                           where ``inject`` makes the bank (paper, section 6.4)   or int8
+            isometric     those of a Kronecker product with orthonormal columns  two small factors
+                          (:mod:`randlora.isometry`): the fastest                for each shape
             ============  =====================================================  ================
 
         seed: an integer in ``[0, 2**64)``.
@@ -287,10 +305,42 @@ class BasisBank:
         return self.draw(_BASE_A, _size(r=r, p=p), torch.device("cpu"), torch.float32)
 
     # shape: -> (q, m)
-    def b(self, q: int, m: int) -> Tensor:
-        """The bases ``B_j`` side by side as a new float32 tensor of shape ``(q, m)`` on the CPU."""
-        entries = self.draw(_BASE_B, _size(q=q, m=m), torch.device("cpu"), torch.float32)
-        return entries.float().mul_(self.scale) if self.signs else entries
+    def b(self, q: int, m: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The bases ``B_j`` side by side as a new tensor of shape ``(q, m)`` on the CPU.
+
+        The entries are float32 numbers, those of an isometric bank float64 ones.
+        """
+        size = _size(q=q, m=m)
+        if self.factored:
+            (left, right), (q, m) = self.factors(*size), size
+            product = np.kron(left.numpy(), right.numpy())[:q, :m]
+            return torch.from_numpy(product * math.sqrt(len(left) * len(right))).to(dtype)
+        entries = self.draw(_BASE_B, size, torch.device("cpu"), torch.float32)
+        return (entries.float().mul_(self.scale) if self.signs else entries).to(dtype)
+
+    # shape: -> (q1, m1), (q2, m2)
+    def factors(self, q: int, m: int) -> tuple[Tensor, Tensor]:
+        """The two factors of an isometric ``B``, new float64 tensors on the CPU."""
+        law = KINDS[self.kind].b
+        one, other = (
+            orthonormal(
+                _draw(_BASE_B, law, self.seed, 0.0, range(rows), columns, (rows << 32 | columns, f))
+            )
+            for f, (rows, columns) in enumerate(factor_shapes(q, m), start=1)
+        )
+        return torch.from_numpy(one), torch.from_numpy(other)
+
+    def is_isometry(self, q: int, m: int) -> bool:
+        """Whether the columns of ``B``, ``(q, m)``, are orthogonal and of one length.
+
+        Then the singular values of ``ΔW`` are those of its coefficients ``C``, up to a factor.
+        """
+        return self.factored and is_isometry(q, m)
+
+    @property
+    def factored(self) -> bool:
+        """Whether ``B`` is a Kronecker product of two factors."""
+        return KINDS[self.kind].b is _FACTORS
 
     @property
     def signs(self) -> bool:
@@ -364,7 +414,7 @@ class Store:
 
     Continuous kinds are held in that dtype and sign kinds as int8, once for all layers, which see
     leading blocks. A ``B`` sparse enough to be applied by gathering, on a CPU, is held by its
-    non-zeros, once for each shape.
+    non-zeros, and one of factors by these, once for each shape.
     """
 
     def __init__(self, bank: BasisBank, device: torch.device, dtype: torch.dtype) -> None:
@@ -372,13 +422,13 @@ class Store:
         self.device = device
         self.dtype = dtype
         self.tensors: dict[int, Tensor] = {}
-        self.gathers: dict[tuple[int, int], GatherOperator] = {}
+        self.shaped: dict[tuple[int, int], GatherOperator | KroneckerOperator] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
         tensors = sum(t.untyped_storage().nbytes() for t in self.tensors.values())
-        return tensors + sum(gather.nbytes for gather in self.gathers.values())
+        return tensors + sum(operator.nbytes for operator in self.shaped.values())
 
     def operands(self, r: int, p: int, q: int, m: int) -> tuple[Tensor, Operator]:
         """``A[:r, :p]`` and ``B[:q, :m]``.
@@ -388,16 +438,24 @@ class Store:
         """
         bank = self.bank
         a = self._hold(_BASE_A, r, p)
-        # Measured on CPUs; elsewhere products are dense. A clear win is half their cost.
-        if self.device.type == "cpu" and sum(gather_costs(bank.density, m, self.dtype)) < 1000:
-            if (q, m) not in self.gathers:
+        # Gathering was measured on CPUs; elsewhere products are dense. It is to win clearly.
+        costs = gather_costs(bank.density, m, self.dtype)
+        gathers = self.device.type == "cpu" and sum(costs) < 1000
+        if bank.factored or gathers:
+            if (q, m) not in self.shaped:
                 refuse_to_draw_while_compiling()
                 with torch.inference_mode(False):
-                    signs = bank.draw(_BASE_B, (q, m), self.device, self.dtype)
-                    self.gathers[q, m] = GatherOperator(signs, bank.scale, self.dtype)
-            return a, self.gathers[q, m]
+                    self.shaped[q, m] = self._shaped(q, m)
+            return a, self.shaped[q, m]
         b = self._hold(_BASE_B, q, m)
         return a, SignOperator(b, bank.scale) if bank.signs else DenseOperator(b)
+
+    def _shaped(self, q: int, m: int) -> GatherOperator | KroneckerOperator:
+        if self.bank.factored:
+            left, right = (r.to(self.device, self.dtype) for r in self.bank.factors(q, m))
+            return KroneckerOperator(left, right, (q, m))
+        signs = self.bank.draw(_BASE_B, (q, m), self.device, self.dtype)
+        return GatherOperator(signs, self.bank.scale, self.dtype)
 
     def _hold(self, base: int, rows: int, columns: int) -> Tensor:
         held = self.tensors.get(base)

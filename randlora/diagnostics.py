@@ -78,7 +78,9 @@ class LayerRank:
 
     ``rank`` counts the values above ``max(out, in) · eps · σ_1``. ``stable_rank`` is
     ``‖ΔW‖_F² / σ_1²``. ``effective_rank`` is the exponential of the entropy of ``σ / Σ σ`` (Roy and
-    Vetterli, 2007). All are 0 for ``ΔW = 0``.
+    Vetterli, 2007). ``condition`` is ``σ_1 / σ_p``. All are 0 for ``ΔW = 0``. ``certified`` is
+    whether the values are those of the coefficients ``C``, which they are exactly where the columns
+    of ``B`` are orthogonal (:mod:`randlora.isometry`): ``ΔW`` was then not formed.
     """
 
     name: str
@@ -86,6 +88,8 @@ class LayerRank:
     rank: int
     stable_rank: float
     effective_rank: float
+    condition: float
+    certified: bool
     singular_values: Tensor
 
 
@@ -109,11 +113,12 @@ class RankReport:
                 f"{layer.stable_rank:.1f}",
                 f"{layer.effective_rank:.1f}",
                 f"{layer.singular_values[0]:.2e}",
-                f"{layer.singular_values[-1]:.2e}",
+                f"{layer.condition:.1e}",
+                "C, exactly" if layer.certified else "ΔW",
             )
             for layer in self.layers
         ]
-        header = ("layer", "rank", "stable rank", "effective rank", "largest", "smallest")
+        header = ("layer", "rank", "stable rank", "effective rank", "largest", "condition", "by")
         return _table(header, rows)
 
 
@@ -160,7 +165,9 @@ def summary(model: nn.Module, tokens: int | None = None) -> Summary:
 def rank_report(model: nn.Module) -> RankReport:
     """Compute the singular values of every ``ΔW`` of ``model`` in float64, and its ranks.
 
-    It takes a singular value decomposition for each layer: seconds for some thousand columns.
+    It takes a singular value decomposition for each layer: seconds for some thousand columns. Of an
+    isometric bank's layers it is that of the coefficients, with the exact rank and condition number
+    of ``ΔW``, where the sizes factor; the report says so.
 
     Returns:
         A table when printed, a sequence of :class:`LayerRank` when read.
@@ -173,17 +180,28 @@ def rank_report(model: nn.Module) -> RankReport:
 
 @torch.no_grad()
 def _layer_rank(name: str, layer: RandLoRALinear) -> LayerRank:
-    sigma = torch.linalg.svdvals(layer.delta_weight(torch.float64))
+    (r, p), (q, m) = layer.sizes
+    certified = layer.bank.is_isometry(q, m)
+    if certified:
+        lam, gamma = layer.randlora_lambda.double(), layer.randlora_gamma.double()
+        a = layer.bank.a(r, p).to(lam)
+        c = torch.einsum("jk,kc,jc->jkc", lam, a, gamma).flatten(0, 1)
+        sigma = layer.scaling * math.sqrt(q) * torch.linalg.svdvals(c)
+        sigma = torch.cat([sigma, sigma.new_zeros(p - len(sigma))])
+    else:
+        sigma = torch.linalg.svdvals(layer.delta_weight(torch.float64))
     if sigma[0] == 0:
-        return LayerRank(name, len(sigma), 0, 0.0, 0.0, sigma)
-    tolerance = max(layer.out_features, layer.in_features) * torch.finfo(sigma.dtype).eps * sigma[0]
+        return LayerRank(name, p, 0, 0.0, 0.0, 0.0, certified, sigma)
+    tolerance = q * torch.finfo(sigma.dtype).eps * sigma[0]
     share = sigma / sigma.sum()
     return LayerRank(
         name=name,
-        full_rank=len(sigma),
+        full_rank=p,
         rank=int((sigma > tolerance).sum()),
         stable_rank=float(sigma.square().sum() / sigma[0].square()),
         effective_rank=math.exp(float(torch.special.entr(share).sum())),
+        condition=float(sigma[0] / sigma[-1]),
+        certified=certified,
         singular_values=sigma,
     )
 

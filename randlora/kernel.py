@@ -93,7 +93,10 @@ class _Update:
             delta = self.b.mm(c)
             return (base + (delta.T if wide else delta)).to(c.dtype)
         total = base.clone(memory_format=torch.contiguous_format)
-        (self.b.addmm_t_ if wide else self.b.addmm_)(total, c)
+        if wide:
+            self.b.tokens_addmm_(total, c.T)
+        else:
+            self.b.addmm_(total, c)
         return total
 
     # shape: p_tile (m, tile) -> (n, r), (n, tile)
@@ -189,7 +192,7 @@ class EffectiveWeight(torch.autograd.Function):
 
 
 class Linear(torch.autograd.Function):
-    """``x, W0, bias, Λ, Γ -> y``, and as the plan says ``(x B)ᵀ`` and ``W0 + ΔW``, to be kept.
+    """``x, W0, bias, Λ, Γ -> y``, and as the plan says ``x B`` and ``W0 + ΔW``, to be kept.
 
     What is kept is an output, so that backward, made of differentiable operations, can be
     differentiated in turn. Only what the gradients asked for need is kept and computed.
@@ -215,7 +218,7 @@ class Linear(torch.autograd.Function):
             kept: list[Tensor] = []
             by_tokens = plan.forward == "activations"
             if wide and (by_tokens or plan.keeps == "xb"):
-                xb = b.tmm_t(rows)
+                xb = b.tokens_mm(rows)
                 kept = [xb] if plan.keeps == "xb" else []
             if by_tokens:
                 y = _frozen(rows, weight, bias, update.out_features)
@@ -269,7 +272,7 @@ class Linear(torch.autograd.Function):
             x = x if x is None else x.reshape(-1, x.shape[-1])  # (T, in)
             by_tokens = plan.grad_parameters == "activations" and any(needs)
             shared = by_tokens or (needs_x and plan.grad_input == "activations")
-            dyb: Any = b.tmm_t(rows) if shared and not wide else None  # (m, T)
+            dyb: Any = b.tokens_mm(rows) if shared and not wide else None  # (T, m)
             if needs_x:
                 if plan.grad_input == "weight":
                     dx = mm(rows, w) if w is not None else _by_weight_back(update, weight, rows)
@@ -280,19 +283,19 @@ class Linear(torch.autograd.Function):
                         dx = mm(rows, weight.to(rows.dtype))
                     dx = _add_back(update, dx, rows) if wide else _add_through(update, dx, dyb)
                 if dxb is not None:
-                    b.addmm_t_(dx, dxb)
+                    b.tokens_addmm_(dx, dxb)
                 dx = dx.view(ctx.shape)
             if needs_bias:
                 d_bias = rows.sum(0)
             if needs_weight:
                 d_weight = mm(rows.T, x) if dw is None else torch.addmm(dw, rows.T, x)
             if any(needs):
-                left = (xb if xb is not None else b.tmm_t(x)) if by_tokens and wide else dyb
+                left = (xb if xb is not None else b.tokens_mm(x)) if by_tokens and wide else dyb
                 shares = []
                 p: Any
                 for tile in update.tiles():
                     if by_tokens:
-                        p = mm(left, (rows if wide else x)[:, tile])  # (m, tile)
+                        p = mm(left.T, (rows if wide else x)[:, tile])  # (m, tile)
                     elif d_weight is not None:  # it holds dw already
                         p = b.tmm(d_weight[tile].T if wide else d_weight[:, tile])
                     else:
@@ -350,11 +353,11 @@ def _by_weight_back(update: _Update, weight: Tensor | None, rows: Tensor) -> Ten
     return dx
 
 
-# shape: total (T, p), left (m, T) -> (T, p)
+# shape: total (T, p), left (T, m) -> (T, p)
 def _add_through(update: _Update, total: Tensor, left: Tensor) -> Tensor:
-    """``total += leftᵀ C``: after ``x B`` in a wide layer, after ``dy B`` in a tall one."""
+    """``total += left C``: after ``x B`` in a wide layer, after ``dy B`` in a tall one."""
     for tile in update.tiles():
-        addmm_(total[:, tile], left.T, update.c(tile))
+        addmm_(total[:, tile], left, update.c(tile))
     return total
 
 
@@ -362,8 +365,11 @@ def _add_through(update: _Update, total: Tensor, left: Tensor) -> Tensor:
 def _add_back(update: _Update, total: Tensor, rows: Tensor) -> Tensor:
     """``total += rows Cᵀ Bᵀ``: forward in a tall layer, the gradient of the input in a wide one."""
     first, *rest = update.tiles()
-    inner = mm(update.c(first), rows[:, first].T)  # (m, T)
+    if update.b.by_columns:
+        inner = mm(update.c(first), rows[:, first].T).T  # (T, m)
+    else:
+        inner = mm(rows[:, first], update.c(first).T)
     for tile in rest:
-        addmm_(inner, update.c(tile), rows[:, tile].T)
-    update.b.addmm_t_(total, inner)
+        addmm_(inner, rows[:, tile], update.c(tile).T)
+    update.b.tokens_addmm_(total, inner)
     return total

@@ -186,9 +186,9 @@ class RandLoRALinear(nn.Linear):
         if dtype is None or dtype == weight.dtype:
             a, b = self.operands(weight.dtype)
         else:  # to read, not to train with: the bank need not keep it
-            (r, p), (q, m) = self._sizes
+            (r, p), (q, m) = self.sizes
             a = self.bank.a(r, p).to(weight.device, dtype)
-            b = DenseOperator(self.bank.b(q, m).to(weight.device, dtype))
+            b = DenseOperator(self.bank.b(q, m, dtype).to(weight.device))
         return delta_weight(lam, gamma, a, b, scaling=self.scaling, wide=self._wide)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ class RandLoRALinear(nn.Linear):
         return self.out_features < self.in_features
 
     @property
-    def _sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    def sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """``(r, p)`` of ``A`` and ``(q, m)`` of ``B``."""
         p, q = sorted((self.in_features, self.out_features))
         return (self.rank, p), (q, self.num_bases * self.rank)
@@ -257,7 +257,7 @@ class RandLoRALinear(nn.Linear):
         if key not in self._stores:
             refuse_to_draw_while_compiling()
             self._stores[key] = self.bank.store(*key)
-        (r, p), (q, m) = self._sizes
+        (r, p), (q, m) = self.sizes
         return self._stores[key].operands(r, p, q, m)
 
     def draw_bases(self) -> None:

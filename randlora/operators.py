@@ -6,6 +6,7 @@ An operator is the *unit* base, ``B / scale``: signs stay exact in every dtype, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from randlora.products import addmm_, mm, onednn
 
-__all__ = ["DenseOperator", "GatherOperator", "Operator", "SignOperator"]
+__all__ = ["DenseOperator", "GatherOperator", "KroneckerOperator", "Operator", "SignOperator"]
 
 _SLICE = 256  # rows or columns of signs cast at a time
 _TILE = 128  # columns gathered at a time: a table of 3,000 rows stays in a cache of 1.5 MB
@@ -24,12 +25,14 @@ _TILE = 128  # columns gathered at a time: a table of 3,000 rows stays in a cach
 class Operator(Protocol):
     """``B / scale``, shape ``(q, m)``, by five products.
 
-    The first two take matrices with the columns of the weight; those with a ``_t`` take or change
-    them transposed, by rows, as the tokens are. Results are laid out by rows, in the dtype of the
-    argument; dense ones that add, in place, round once in low precision.
+    The first three are for matrices with the columns of the weight, and their results laid out by
+    rows; the last two are for tokens, whose ``(k, m)`` side is given, and best taken, by columns
+    where ``by_columns``. Results are in the dtype of the argument; dense products that add, in
+    place, round once in low precision.
     """
 
     scale: float
+    by_columns: bool
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -58,12 +61,12 @@ class Operator(Protocol):
         """``total += B c``: ``(q, k)`` and ``(m, k)``."""
         ...
 
-    def tmm_t(self, x: Tensor) -> Tensor:
-        """``Bᵀ xᵀ``: ``(k, q)`` to ``(m, k)``."""
+    def tokens_mm(self, x: Tensor) -> Tensor:
+        """``x B``: ``(k, q)`` to ``(k, m)``."""
         ...
 
-    def addmm_t_(self, total: Tensor, c: Tensor) -> None:
-        """``total += (B c)ᵀ``: ``(k, q)`` and ``(m, k)``."""
+    def tokens_addmm_(self, total: Tensor, h: Tensor) -> None:
+        """``total += h Bᵀ``: ``(k, q)`` and ``(k, m)``."""
         ...
 
 
@@ -71,6 +74,7 @@ class _Stored:
     """A matrix that is held entry by entry, and multiplied as such."""
 
     weight_cost = token_cost = 1000
+    by_columns = False
 
     def __init__(self, entries: Tensor, scale: float = 1.0) -> None:
         self.entries = entries
@@ -98,13 +102,13 @@ class DenseOperator(_Stored):
         """See :class:`Operator`."""
         addmm_(total, self.entries, c)
 
-    def tmm_t(self, x: Tensor) -> Tensor:
+    def tokens_mm(self, x: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        return mm(self.entries.T, x.T)
+        return mm(x, self.entries)
 
-    def addmm_t_(self, total: Tensor, c: Tensor) -> None:
+    def tokens_addmm_(self, total: Tensor, h: Tensor) -> None:
         """See :class:`Operator`."""
-        addmm_(total, c.T, self.entries.T)
+        addmm_(total, h, self.entries.T)
 
 
 class SignOperator(_Stored):
@@ -126,14 +130,14 @@ class SignOperator(_Stored):
         for lo, signs in enumerate(self._cast(0, c.dtype)):
             addmm_(total[lo * _SLICE : (lo + 1) * _SLICE], signs, c)
 
-    def tmm_t(self, x: Tensor) -> Tensor:
+    def tokens_mm(self, x: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        return self.tmm(x.T)
+        return torch.cat([mm(x, signs) for signs in self._cast(1, x.dtype)], 1)
 
-    def addmm_t_(self, total: Tensor, c: Tensor) -> None:
+    def tokens_addmm_(self, total: Tensor, h: Tensor) -> None:
         """See :class:`Operator`."""
-        for lo, signs in enumerate(self._cast(0, c.dtype)):
-            addmm_(total[:, lo * _SLICE : (lo + 1) * _SLICE], c.T, signs.T)
+        for lo, signs in enumerate(self._cast(0, h.dtype)):
+            addmm_(total[:, lo * _SLICE : (lo + 1) * _SLICE], h, signs.T)
 
     def _cast(self, dim: int, dtype: torch.dtype) -> Iterator[Tensor]:
         return (signs.to(dtype) for signs in torch.split(self.entries, _SLICE, dim))
@@ -169,6 +173,8 @@ class GatherOperator:
     In low precision ``B c`` is rounded before it is added.
     """
 
+    by_columns = True
+
     def __init__(self, signs: Tensor, scale: float, dtype: torch.dtype) -> None:
         self.shape = (signs.shape[0], signs.shape[1])
         self.scale = scale
@@ -201,14 +207,87 @@ class GatherOperator:
         for tile in _tiles(c.shape[1]):
             total[:, tile] += _gather(self.by_row, c[:, tile])
 
-    def tmm_t(self, x: Tensor) -> Tensor:
+    def tokens_mm(self, x: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        return self.tmm(x.T)
+        return self.tmm(x.T).T
 
-    def addmm_t_(self, total: Tensor, c: Tensor) -> None:
+    def tokens_addmm_(self, total: Tensor, h: Tensor) -> None:
         """See :class:`Operator`."""
-        for tile in _tiles(c.shape[1]):
-            total[tile] += _gather(self.by_row, c[:, tile]).T
+        for tile in _tiles(len(h)):
+            total[tile] += _gather(self.by_row, h[tile].T).T
+
+
+class KroneckerOperator:
+    """``(R1 ⊗ R2)[:q, :m]``, applied by its factors, ``(q1, m1)`` and ``(q2, m2)``, in turn.
+
+    That takes ``1 / m1 + 1 / q2`` of the multiply-adds of the dense product: with a matrix like the
+    weight ``R1`` as one product and ``R2`` as one for each of its ``q1`` blocks, with tokens ``R2``
+    as one product and ``R1`` as one for each token. Nothing is transposed. Products this small run
+    at a third of the rate of large ones (``benchmarks/README.md``), hence the costs.
+    """
+
+    by_columns = False
+
+    def __init__(self, left: Tensor, right: Tensor, shape: tuple[int, int]) -> None:
+        self.left, self.right, self.shape = left, right, shape
+        (q1, m1), (q2, _) = left.shape, right.shape
+        self.scale = math.sqrt(q1 * q2)
+        self.weight_cost = self.token_cost = min(1000, 20 + 3000 // m1 + 3000 // q2)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors."""
+        return self.left.untyped_storage().nbytes() + self.right.untyped_storage().nbytes()
+
+    def mm(self, c: Tensor) -> Tensor:
+        """See :class:`Operator`."""
+        (q1, _), (q2, m2), k = self.left.shape, self.right.shape, c.shape[1]
+        blocks = self._left_first(c)
+        return torch.bmm(self.right.expand(q1, q2, m2), blocks).view(q1 * q2, k)[: self.shape[0]]
+
+    def tmm(self, g: Tensor) -> Tensor:
+        """See :class:`Operator`."""
+        (q1, m1), (q2, m2), k = self.left.shape, self.right.shape, g.shape[1]
+        blocks = _padded(g, q1 * q2, 0).view(q1, q2, k)
+        blocks = torch.bmm(self.right.T.expand(q1, m2, q2), blocks)
+        return mm(self.left.T, blocks.view(q1, m2 * k)).view(m1 * m2, k)[: self.shape[1]]
+
+    def addmm_(self, total: Tensor, c: Tensor) -> None:
+        """See :class:`Operator`."""
+        (q1, _), (q2, m2), k = self.left.shape, self.right.shape, c.shape[1]
+        if total.shape[0] == q1 * q2 and total.is_contiguous():
+            total.view(q1, q2, k).baddbmm_(self.right.expand(q1, q2, m2), self._left_first(c))
+        else:
+            total += self.mm(c)
+
+    def tokens_mm(self, x: Tensor) -> Tensor:
+        """See :class:`Operator`."""
+        (q1, m1), (q2, m2), k = self.left.shape, self.right.shape, len(x)
+        blocks = mm(_padded(x, q1 * q2, 1).view(k * q1, q2), self.right).view(k, q1, m2)
+        return torch.bmm(self.left.T.expand(k, m1, q1), blocks).view(k, m1 * m2)[:, : self.shape[1]]
+
+    def tokens_addmm_(self, total: Tensor, h: Tensor) -> None:
+        """See :class:`Operator`."""
+        (q1, m1), (q2, m2), k = self.left.shape, self.right.shape, len(h)
+        blocks = torch.bmm(self.left.expand(k, q1, m1), _padded(h, m1 * m2, 1).view(k, m1, m2))
+        blocks = blocks.view(k * q1, m2)
+        if total.shape[1] == q1 * q2 and total.is_contiguous():
+            addmm_(total.view(k * q1, q2), blocks, self.right.T)
+        else:
+            total += mm(blocks, self.right.T).view(k, q1 * q2)[:, : self.shape[0]]
+
+    # shape: (m, k) -> (q1, m2, k)
+    def _left_first(self, c: Tensor) -> Tensor:
+        (q1, m1), (_, m2), k = self.left.shape, self.right.shape, c.shape[1]
+        return mm(self.left, _padded(c, m1 * m2, 0).view(m1, m2 * k)).view(q1, m2, k)
+
+
+def _padded(matrix: Tensor, size: int, dim: int) -> Tensor:
+    """The matrix, with zeros up to ``size`` rows or columns, by rows."""
+    lacking = size - matrix.shape[dim]
+    if lacking:
+        return F.pad(matrix, (0, 0, 0, lacking) if dim == 0 else (0, lacking))
+    return matrix.contiguous()
 
 
 def _bags(rows: Tensor, columns: Tensor, values: Tensor, count: int) -> _Bags:

@@ -11,7 +11,7 @@ from torch import Tensor
 from randlora import BasisBank
 from randlora.bases import Operator
 
-KINDS = ("dense", "normal", "binary", "sparse", "very_sparse")
+KINDS = ("dense", "normal", "binary", "sparse", "very_sparse", "isometric")
 seeds = st.integers(0, 2**64 - 1)
 
 
@@ -58,8 +58,8 @@ class Case:
 
     def bases(self) -> tuple[Tensor, Tensor]:
         """``A`` and ``B`` as the oracle takes them: read from the bank, dense."""
-        a, b = self.bank.a(self.r, self.p), self.bank.b(self.q, self.n * self.r)
-        return a.double(), b.double()
+        b = self.bank.b(self.q, self.n * self.r, torch.float64)
+        return self.bank.a(self.r, self.p).double(), b
 
 
 def case(bank, out_features, in_features, r, n, *, lead=(7,), scaling=0.7, seed=0) -> Case:

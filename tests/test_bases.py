@@ -8,7 +8,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from randlora import BasisBank
@@ -65,12 +65,13 @@ def test_entries_never_change(name):
 @given(cases.banks(), st.integers(1, 60), st.integers(1, 60), st.data())
 def test_a_smaller_base_is_the_leading_block_of_a_larger_one(bank, rows, columns, data):
     small = data.draw(st.integers(1, rows)), data.draw(st.integers(1, columns))
+    assume(not bank.factored)  # which has no prefixes: tests/test_isometry.py
     block = np.s_[: small[0], : small[1]]
     assert torch.equal(bank.b(*small), bank.b(rows, columns)[block])
     assert torch.equal(bank.a(*small), bank.a(rows, columns)[block])
 
 
-@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in cases.KINDS if kind != "isometric"])
 def test_prefixes_agree_past_the_pivots_and_the_chunks_of_generation(kind):
     bank = BasisBank(kind, seed=3)
     large = bank.b(700, 650)
@@ -87,8 +88,11 @@ def test_what_is_computed_with_is_what_is_read(kind, dtype):
     eye = torch.eye(40, dtype=dtype)
     assert torch.equal(a, bank.a(3, 20).to(dtype))
     dense = (bank.b(70, 40) / b.scale).to(dtype)
-    assert torch.equal(b.mm(eye), dense)
-    assert torch.equal(b.tmm(torch.eye(70, dtype=dtype)).T, dense)
+    got = b.mm(eye), b.tmm(torch.eye(70, dtype=dtype)).T
+    if bank.factored:  # two factors and two products are rounded, each number at most one
+        assert all((one - dense).abs().max() <= 4 * torch.finfo(dtype).eps for one in got)
+    else:
+        assert all(torch.equal(one, dense) for one in got)
     assert b.shape == (70, 40)
 
 

@@ -73,7 +73,8 @@ def test_rank_report_of_a_known_spectrum():
     assert up.stable_rank == pytest.approx((16 + 4 + 4 + 1) / 16)
     shares = [4 / 9, 2 / 9, 2 / 9, 1 / 9]
     assert up.effective_rank == pytest.approx(math.exp(-sum(s * math.log(s) for s in shares)))
-    assert (down.rank, down.stable_rank, down.effective_rank) == (0, 0.0, 0.0)
+    assert up.condition > 1e15
+    assert (down.rank, down.stable_rank, down.effective_rank, down.condition) == (0, 0, 0, 0)
 
 
 def test_rank_is_judged_in_float64():
@@ -83,13 +84,14 @@ def test_rank_is_judged_in_float64():
     set_delta(adapted["up"], torch.eye(20, 8, dtype=torch.float64) * sigma)
     report = rank_report(adapted)
     assert report.layers[0].rank == 8
+    assert report.layers[0].condition == pytest.approx(1e10, rel=1e-5)
     assert report.layers[0].singular_values.dtype == torch.float64
 
 
 def test_rank_report_prints_a_table():
     lines = str(rank_report(model())).splitlines()
     assert lines[0].split() == [
-        *("layer", "rank", "stable", "rank", "effective", "rank", "largest", "smallest")
+        *("layer", "rank", "stable", "rank", "effective", "rank", "largest", "condition", "by")
     ]
     assert lines[2].split()[:4] == ["up", "0", "of", "8"]
     assert len(lines) == 4

@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from randlora import products
-from randlora.operators import DenseOperator, GatherOperator, SignOperator
+from randlora.isometry import factor_shapes
+from randlora.operators import DenseOperator, GatherOperator, KroneckerOperator, SignOperator
 from tests.cases import assert_close
 
-KINDS = ("dense", "sign", "gather")
+KINDS = ("dense", "sign", "gather", "kronecker")
 LAYOUTS = ("rows", "columns", "strided")
 
 
@@ -18,6 +19,9 @@ def make(kind, q, m, dtype=torch.float64):
     if kind == "dense":
         entries = torch.randn(q, m).to(dtype)
         return DenseOperator(entries), entries
+    if kind == "kronecker":
+        left, right = (torch.randn(size).to(dtype) for size in factor_shapes(q, m))
+        return KroneckerOperator(left, right, (q, m)), torch.kron(left, right)[:q, :m]
     signs = torch.randint(-1, 2, (q, m)).to(torch.int8)
     if kind == "gather":
         signs *= torch.rand(q, m) < 0.2
@@ -47,13 +51,13 @@ def test_products_are_those_of_the_dense_value(kind, layout, q, m, k):
     assert b.shape == (q, m)
     assert_close(b.mm(c), dense @ c, 1e-13)
     assert_close(b.tmm(g), dense.T @ g, 1e-13)
-    assert_close(b.tmm_t(x), dense.T @ x.T, 1e-13)
-    for add, total, product in (
-        (b.addmm_, base, dense @ c),
-        (b.addmm_t_, x, (dense @ c).T),
+    assert_close(b.tokens_mm(x), x @ dense, 1e-13)
+    for add, total, side, product in (
+        (b.addmm_, base, c, dense @ c),
+        (b.tokens_addmm_, x, c.T, (dense @ c).T),
     ):
         want = total + product
-        add(total, c)
+        add(total, side)
         assert_close(total, want, 1e-13)
 
 
@@ -61,8 +65,8 @@ def test_products_are_those_of_the_dense_value(kind, layout, q, m, k):
 def test_results_are_laid_out_by_rows(kind):
     b, _ = make(kind, 7, 5)
     c, g, x = matrix(5, 300, "columns"), matrix(7, 300, "columns"), matrix(300, 7, "rows")
-    for result in (b.mm(c), b.tmm(g), b.tmm_t(x)):
-        assert result.is_contiguous()
+    for result in (b.mm(c), b.tmm(g), b.tokens_mm(x).T if b.by_columns else b.tokens_mm(x)):
+        assert result.stride(1) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,7 +76,7 @@ def test_products_can_be_differentiated(kind):
     assert torch.autograd.gradcheck(b.mm, c)
     assert torch.autograd.gradcheck(b.tmm, g)
     x = matrix(4, 7, "rows").requires_grad_()
-    assert torch.autograd.gradcheck(b.tmm_t, x)
+    assert torch.autograd.gradcheck(b.tokens_mm, x)
 
     def added(add, total, c):
         total = total.clone()
@@ -80,7 +84,7 @@ def test_products_can_be_differentiated(kind):
         return total
 
     assert torch.autograd.gradcheck(lambda g, c: added(b.addmm_, g, c), (g, c))
-    assert torch.autograd.gradcheck(lambda x, c: added(b.addmm_t_, x, c), (x, c))
+    assert torch.autograd.gradcheck(lambda x, c: added(b.tokens_addmm_, x, c.T), (x, c))
 
 
 @pytest.mark.parametrize("kind", ["dense", "sign"])
@@ -93,7 +97,7 @@ def test_low_precision_sums_are_rounded_once(kind, dtype):
     ulp = torch.finfo(dtype).eps * exact.abs().clamp_min(1e-3)
     one, other = base.clone(), base.T.clone(memory_format=torch.contiguous_format)
     b.addmm_(one, c)
-    b.addmm_t_(other, c)
+    b.tokens_addmm_(other, c.T)
     for got in (one, other.T):
         assert ((got.double() - exact).abs() <= 0.501 * ulp).all()
 
@@ -109,6 +113,29 @@ def test_gathering_in_low_precision_rounds_the_gathered_sum_once_more(dtype):
     b.addmm_(base, c)
     error = (base.double() - exact).abs()
     assert (error <= bound + 20 * torch.finfo(torch.float32).eps).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("q", [300, 293])
+def test_factors_in_low_precision_round_what_lies_between_them_once_more(q, dtype):
+    b, _ = make("kronecker", q, 200, dtype)
+    base, c = matrix(q, 40, "rows", dtype), matrix(200, 40, "rows", dtype) / 64
+    dense = torch.kron(b.left.double(), b.right.double())[:q, :200]
+    exact, magnitude = base.double() + dense @ c.double(), dense.abs() @ c.double().abs()
+    # Of what lies between, of the product where it is cut, and of the sum: half an eps each, and
+    # the smallest numbers of float16.
+    bound = torch.finfo(dtype).eps * (1.01 * magnitude + exact.abs()) + 1e-4
+    one, other = base.clone(), base.T.clone(memory_format=torch.contiguous_format)
+    b.addmm_(one, c)
+    b.tokens_addmm_(other, c.T)
+    for got in (one, other.T):
+        assert ((got.double() - exact).abs() <= bound).all()
+
+
+def test_costs_follow_the_sizes_of_the_factors():
+    b = KroneckerOperator(torch.zeros(48, 24), torch.zeros(64, 16), (3072, 384))
+    assert b.weight_cost == b.token_cost == 20 + 125 + 46
+    assert KroneckerOperator(torch.zeros(1, 1), torch.zeros(2, 2), (2, 2)).token_cost == 1000
 
 
 def test_costs_follow_the_density():

@@ -1,0 +1,184 @@
+"""The isometric kind: sizes of factors, orthonormal factors, and the theorem of the module."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from randlora import BasisBank, RandLoRALinear, rank_report
+from randlora.isometry import factor_shapes, is_isometry, orthonormal
+from tests import cases
+
+EPS = np.finfo(np.float64).eps
+sizes = st.integers(1, 400)
+
+
+# --- sizes ---------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000))
+@example(1, 1)
+@example(1021, 1021)
+def test_factors_have_room_for_orthonormal_columns_and_for_the_block(q, m):
+    (q1, m1), (q2, m2) = factor_shapes(q, m)
+    assert m1 <= q1
+    assert m2 <= q2
+    assert q1 * q2 >= q
+    assert m1 * m2 >= m
+    if m > q:
+        assert (q1, q2) == (m1, m2)
+    # The unit vectors of the proof lie within the block.
+    rows = [j1 * q2 + j2 for j1 in range(m1) for j2 in range(m2)][:m]
+    assert max(rows) < max(q, m)
+
+
+@pytest.mark.parametrize("q", [769, 1021, 3079, 4093, 14341])
+def test_primes_do_not_degrade_to_dense(q):
+    for m in (q, q - 2, q // 4, q // 4 * 4):
+        (q1, m1), (q2, m2) = factor_shapes(q, m)
+        share = m2 * (q1 * q2 + q1 * m1) / (q * m)
+        assert share < 3.5 / np.sqrt(m), (m, share)  # 2 / √m where all sizes are squares
+
+
+# Part of the format: see the golden hashes of the bases.
+SHAPES = {
+    (1, 1): ((1, 1), (1, 1)),
+    (40, 30): ((5, 5), (8, 6)),
+    (768, 768): ((24, 24), (32, 32)),
+    (3072, 768): ((32, 32), (96, 24)),
+    (768, 770): ((22, 22), (35, 35)),
+    (4096, 4098): ((38, 38), (108, 108)),
+    (5632, 2048): ((32, 32), (176, 64)),
+    (14336, 4098): ((56, 56), (256, 74)),
+    (1021, 1021): ((25, 25), (41, 41)),
+}
+
+
+@pytest.mark.parametrize("size", SHAPES)
+def test_sizes_never_change(size):
+    assert factor_shapes(*size) == SHAPES[size]
+
+
+# --- factors -------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(0, 40), st.integers(0, 2**32 - 1))
+def test_columns_are_orthonormal_and_those_of_a_qr_decomposition(m, more, seed):
+    matrix = np.random.default_rng(seed).standard_normal((m + more, m))
+    assume(np.linalg.cond(matrix) < 1e4)
+    got = orthonormal(matrix)
+    assert abs(got.T @ got - np.eye(m)).max() < 40 * EPS
+    q, r = np.linalg.qr(matrix)
+    # Two ways to the same, each with an error of eps for each unit of the condition number.
+    assert abs(got - q * np.sign(np.diag(r))).max() < 1e4 * 40 * EPS
+
+
+def test_columns_that_depend_on_others_give_way():
+    matrix = np.array([[1.0, 2.0, 1.0], [1.0, 2.0, 0.0], [0.0, 0.0, 1e-9], [0.0, 0.0, 0.0]])
+    got = orthonormal(matrix)
+    assert abs(got.T @ got - np.eye(3)).max() < 4 * EPS
+    assert abs(got[:, 0] - np.array([1, 1, 0, 0]) / np.sqrt(2)).max() < EPS
+
+
+def test_nearly_dependent_columns_come_out_orthogonal():
+    matrix = np.random.default_rng(0).standard_normal((30, 20))
+    matrix[:, 10] = matrix[:, :10].sum(1) + 1e-5 * matrix[:, 10]
+    got = orthonormal(matrix)
+    assert abs(got.T @ got - np.eye(20)).max() < 40 * EPS
+
+
+def test_factors_never_change_to_the_bit():
+    """All operations are IEEE's, in a fixed order: no tolerance is needed."""
+    factors = BasisBank("isometric", seed=7).factors(40, 30)
+    digests = [hashlib.sha256(f.numpy().astype("<f8").tobytes()).hexdigest()[:16] for f in factors]
+    assert [tuple(f.shape) for f in factors] == [(5, 5), (8, 6)]
+    assert digests == ["fb8d8653d1febce4", "a628c86ef104e5d1"]
+
+
+def test_a_factor_is_named_by_its_shape_and_side():
+    bank = BasisBank("isometric", seed=7)
+    (left, right), (other, _) = bank.factors(768, 768), bank.factors(768, 700)
+    assert left.shape == other.shape
+    assert torch.equal(left, other)
+    assert factor_shapes(64, 64) == ((8, 8), (8, 8))
+    left, right = bank.factors(64, 64)
+    assert not torch.equal(left, right)
+    assert not torch.equal(left, BasisBank("isometric", seed=8).factors(64, 64)[0])
+
+
+# --- the theorem ---------------------------------------------------------------------------------
+
+
+@given(sizes, sizes, cases.seeds)
+def test_columns_of_the_base_are_orthonormal_where_sizes_factor(q, m, seed):
+    bank = BasisBank("isometric", seed=seed)
+    assume(bank.is_isometry(q, m))
+    b = bank.b(q, m, torch.float64) / q**0.5
+    assert (b.T @ b - torch.eye(m)).abs().max() < 200 * EPS
+
+
+@given(sizes, sizes, cases.seeds)
+@example(311, 300, 1)
+@example(397, 397, 1)
+@example(24, 25, 1)
+def test_every_base_has_full_rank(q, m, seed):
+    """Case 2 for shapes that are cut, and more columns than rows."""
+    values = torch.linalg.svdvals(BasisBank("isometric", seed=seed).b(q, m, torch.float64))
+    assert values[-1] > max(q, m) * EPS * values[0]
+
+
+@given(st.integers(1, 96), st.integers(1, 96), cases.seeds, st.data())
+def test_singular_values_are_those_of_the_coefficients(out_features, in_features, seed, data):
+    p, q = sorted((out_features, in_features))
+    r = data.draw(st.integers(1, p))
+    n = data.draw(st.integers(1, -(-p // r)))
+    assume(is_isometry(q, n * r))
+    bank = BasisBank("isometric", seed=seed)
+    layer = RandLoRALinear(
+        in_features, out_features, rank=r, num_bases=n, bank=bank, alpha=0.3, dtype=torch.float64
+    )
+    torch.nn.init.normal_(layer.randlora_lambda)
+    torch.nn.init.normal_(layer.randlora_gamma)
+    lam, gamma = layer.randlora_lambda.double(), layer.randlora_gamma.double()
+    c = torch.einsum("jk,kc,jc->jkc", lam, bank.a(r, p).double(), gamma).flatten(0, 1)
+    want = 0.3 / r * q**0.5 * torch.linalg.svdvals(c)
+    got = torch.linalg.svdvals(layer.delta_weight())
+    assert (got[: len(want)] - want).abs().max() <= 1e3 * EPS * want[0]
+    (report,) = rank_report(layer)
+    assert report.certified
+    assert (report.singular_values - got).abs().max() <= 1e3 * EPS * want[0]
+
+
+def test_the_report_certifies_nothing_else():
+    bank = BasisBank("isometric")
+    cut, more = (
+        RandLoRALinear(300, 311, rank=6, bank=bank),
+        RandLoRALinear(24, 24, rank=5, bank=bank),
+    )
+    assert factor_shapes(311, 300) == ((16, 15), (20, 20))
+    for layer in (cut, more, RandLoRALinear(64, 64, rank=4)):
+        torch.nn.init.normal_(layer.randlora_gamma)
+        (report,) = rank_report(layer)
+        assert not report.certified
+        assert report.rank == report.full_rank
+
+
+def test_every_trained_number_has_an_effect_where_columns_outnumber_rows():
+    layer = RandLoRALinear(24, 24, rank=5, bank=BasisBank("isometric")).double()
+    torch.nn.init.normal_(layer.randlora_gamma)
+    layer(torch.randn(50, 24).double()).square().sum().backward()
+    assert layer.num_bases * layer.rank == 25
+    for parameter in (layer.randlora_lambda, layer.randlora_gamma):
+        assert (parameter.grad.abs() > 1e-6 * parameter.grad.abs().max()).all()
+
+
+def test_storage_is_next_to_nothing():
+    """An 8-billion-parameter Llama's shapes, as its layers hold them in float32."""
+    bank = BasisBank("isometric")
+    store = bank.store(torch.device("cpu"), torch.float32)
+    for q, p in [(4096, 4096), (4096, 1024), (14336, 4096)]:
+        store.operands(6, p, q, -(-p // 6) * 6)
+    assert bank.nbytes < 2**20
