@@ -87,7 +87,7 @@ def test_what_is_computed_with_is_what_is_read(kind, dtype):
     a, b = bank.store(CPU, dtype).operands(3, 20, 70, 40)
     eye = torch.eye(40, dtype=dtype)
     assert torch.equal(a, bank.a(3, 20).to(dtype))
-    dense = (bank.b(70, 40) / b.scale).to(dtype)
+    dense = (bank.b(70, 40, torch.float64) / b.scale).to(dtype)
     got = b.mm(eye), b.tmm(torch.eye(70, dtype=dtype)).T
     if bank.factored:  # two factors and two products are rounded, each number at most one
         assert all((one - dense).abs().max() <= 4 * torch.finfo(dtype).eps for one in got)
