@@ -6,16 +6,22 @@ adapted to that: its head only, by LoRA, by RandLoRA with as many trained parame
 fine-tuning. Every method trains the head. Learning rates are chosen on a validation split, accuracy
 is that of the chosen run on a test split.
 
-    python benchmarks/finetune.py [--quick] [--seed N] [--rank R] [--basis KIND] [--out FILE.png]
+    python benchmarks/finetune.py [--quick] [--seed N ...] [--rank R] [--basis KIND ...]
+                                  [--out FILE.png]
+
+Several kinds of bases are compared with each other as well; with several seeds the table holds
+means.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -143,10 +149,10 @@ def full(model: VisionTransformer, options: argparse.Namespace) -> None:
     model.requires_grad_(True)
 
 
-def use_randlora(model: VisionTransformer, options: argparse.Namespace) -> None:
-    randlora.inject(
-        model, options.rank, basis=options.basis, seed=options.seed, modules_to_save="head"
-    )
+def use_randlora(
+    model: VisionTransformer, options: argparse.Namespace, basis: str = "dense"
+) -> None:
+    randlora.inject(model, options.rank, basis=basis, seed=options.seed, modules_to_save="head")
 
 
 def use_lora(model: VisionTransformer, options: argparse.Namespace) -> None:
@@ -170,12 +176,16 @@ class Method:
     rates: tuple[float, ...]
 
 
-METHODS = {
-    "head only": Method(head_only, (3e-2, 1e-1, 3e-1)),
-    "LoRA": Method(use_lora, (3e-3, 1e-2, 3e-2)),
-    "RandLoRA": Method(use_randlora, (3e-3, 1e-2, 3e-2)),
-    "full fine-tuning": Method(full, (1e-3, 3e-3, 1e-2)),
-}
+def methods(bases: list[str]) -> dict[str, Method]:
+    """What is compared; RandLoRA once for each kind of bases."""
+    found = {
+        "head only": Method(head_only, (3e-2, 1e-1, 3e-1)),
+        "LoRA": Method(use_lora, (3e-3, 1e-2, 3e-2)),
+    }
+    for basis in bases:
+        name = "RandLoRA" if len(bases) == 1 else f"RandLoRA, {basis}"
+        found[name] = Method(partial(use_randlora, basis=basis), (3e-3, 1e-2, 3e-2))
+    return {**found, "full fine-tuning": Method(full, (1e-3, 3e-3, 1e-2))}
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -242,12 +252,12 @@ class Result:
 
 def adapt(
     name: str,
+    method: Method,
     start: VisionTransformer,
     data: dict[str, Split],
     steps: int,
     options: argparse.Namespace,
 ) -> Result:
-    method = METHODS[name]
     rates = method.rates[1:2] if options.quick else method.rates
     runs = []
     for rate in rates:
@@ -283,12 +293,12 @@ def span(ranks: list[int]) -> str:
 
 def table(results: list[Result]) -> str:
     lines = [
-        f"{'method':<18}{'trained':>9}{'rate':>9}{'validation':>12}{'test':>8}{'seconds':>9}"
+        f"{'method':<22}{'trained':>9}{'rate':>9}{'validation':>12}{'test':>8}{'seconds':>9}"
         f"{'rank of updates':>17}"
     ]
     lines.append("-" * len(lines[0]))
     lines += [
-        f"{r.name:<18}{r.parameters:>9,}{r.rate:>8g}{'*' if r.edge else ' '}"
+        f"{r.name:<22}{r.parameters:>9,}{r.rate:>8g}{'*' if r.edge else ' '}"
         f"{r.validation:>12.3f}{r.test:>8.3f}{r.seconds:>9.1f}{span(r.ranks):>17}"
         for r in results
     ]
@@ -301,7 +311,7 @@ def picture(results: list[Result], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for result in results:
         left.semilogx(result.parameters, 100 * result.test, "o", label=result.name)
-        if result.name in ("LoRA", "RandLoRA"):
+        if "LoRA" in result.name:
             spectrum = result.spectrum.clamp_min(1e-9)
             right.semilogy(range(1, len(spectrum) + 1), spectrum, label=result.name)
     left.set(xlabel="trained parameters", ylabel="test accuracy (%)")
@@ -317,15 +327,30 @@ def picture(results: list[Result], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="30 seconds, and worse accuracy")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], dest="seeds")
     parser.add_argument("--rank", type=int, default=6, help="of the bases of RandLoRA")
-    parser.add_argument("--basis", choices=list(KINDS), default="dense")
+    parser.add_argument("--basis", choices=list(KINDS), nargs="+", default=["dense"], dest="bases")
     parser.add_argument("--out", type=Path, default=Path("finetune.png"), help="the picture")
     options = parser.parse_args()
     if not 1 <= options.rank <= 49:
         parser.error(f"--rank must be from 1 to 49, the least width of a layer, got {options.rank}")
-    learn, steps = (120, 40) if options.quick else (400, 260)
+    runs = []
+    for seed in options.seeds:
+        options.seed = seed
+        runs.append(compare(options))
+    results = [mean(column) for column in zip(*runs, strict=True)]
+    count = len(options.seeds)
+    print(table(results))
+    error = 0.3 / (1000 * count) ** 0.5
+    runs_each = "One run each" if count == 1 else f"Means of {count} runs each"
+    print(f"\n{runs_each}; the standard error of a test accuracy of 0.9 is {error:.3f}.")
+    picture(results, options.out)
+    print(f"Picture: {options.out}")
 
+
+def compare(options: argparse.Namespace) -> list[Result]:
+    """Pre-train one model, and adapt it by every method."""
+    learn, steps = (120, 40) if options.quick else (400, 260)
     data = load(options.seed)
     shifted = {name: permuted(split, options.seed) for name, split in data.items()}
     torch.manual_seed(options.seed)
@@ -336,15 +361,32 @@ def main() -> None:
         f" test accuracy {accuracy(start, data['test']):.3f}, with permuted pixels "
         f"{accuracy(start, shifted['test']):.3f}\n"
     )
-    results = [adapt(name, start, shifted, steps, options) for name in METHODS]
-    by_name = {result.name: result for result in results}
-    ratio = by_name["LoRA"].parameters / by_name["RandLoRA"].parameters
-    if abs(ratio - 1) > 0.05:
-        raise SystemExit(f"LoRA trains {ratio:.2f} times the parameters of RandLoRA: no comparison")
-    print(table(results))
-    print(f"\nOne run each; the standard error of a test accuracy of 0.9 is {0.3 / 1000**0.5:.3f}.")
-    picture(results, options.out)
-    print(f"Picture: {options.out}")
+    results = [
+        adapt(name, method, start, shifted, steps, options)
+        for name, method in methods(options.bases).items()
+    ]
+    lora = next(result for result in results if result.name == "LoRA")
+    for result in results:
+        ratio = lora.parameters / result.parameters
+        if "RandLoRA" in result.name and abs(ratio - 1) > 0.05:
+            raise SystemExit(
+                f"LoRA trains {ratio:.2f} times what {result.name} does: no comparison"
+            )
+    return results
+
+
+def mean(runs: Sequence[Result]) -> Result:
+    """One method over several seeds; its rate is the one chosen most often."""
+    count = len(runs)
+    return replace(
+        runs[0],
+        rate=statistics.mode(run.rate for run in runs),
+        edge=any(run.edge for run in runs),
+        validation=sum(run.validation for run in runs) / count,
+        test=sum(run.test for run in runs) / count,
+        seconds=sum(run.seconds for run in runs) / count,
+        ranks=[rank for run in runs for rank in run.ranks],
+    )
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import randlora
-from randlora import reference
+from randlora import products, reference
 from randlora.functional import work_of
 from randlora.planning import Choice, cost
 
@@ -95,9 +96,12 @@ class Case:
     rank: int
     llama: bool = False
     dtype: torch.dtype = torch.float32
+    layer: bool = False  # one square layer in place of the stack
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
+        if self.layer:
+            return nn.Sequential(nn.Linear(self.d, self.d, dtype=self.dtype))
         blocks = (Block(self.d, self.heads, self.hidden, self.llama) for _ in range(self.depth))
         return nn.Sequential(*blocks).to(self.dtype)
 
@@ -119,6 +123,8 @@ CASES = {
 }
 
 
+Prepare: TypeAlias = Callable[[nn.Module, Case], nn.Module]
+
 # --- the methods ---------------------------------------------------------------------------------
 
 
@@ -130,7 +136,7 @@ def full(model: nn.Module, case: Case) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def ours(basis: str, choice: Choice | None = None) -> Callable[[nn.Module, Case], nn.Module]:
+def ours(basis: str, choice: Choice | None = None) -> Prepare:
     def prepare(model: nn.Module, case: Case) -> nn.Module:
         randlora.inject(model, case.rank, basis=basis)
         for layer in model.modules():
@@ -162,12 +168,12 @@ def peft_lora(model: nn.Module, case: Case) -> nn.Module:
     return get_peft_model(model, config)
 
 
-METHODS: dict[str, Callable[[nn.Module, Case], nn.Module]] = {
+METHODS: dict[str, Prepare] = {
     "full fine-tuning": full,
     "PEFT LoRA": peft_lora,
     "PEFT RandLora": peft_randlora,
     "dense": ours("dense"),
-    "dense, weight kept": ours("dense", Choice(keep_weight=None)),
+    "dense, torch's GEMM": ours("dense"),
     "sparse": ours("sparse"),
     "very sparse": ours("very_sparse"),
     "isometric": ours("isometric"),
@@ -218,17 +224,20 @@ def check(model: nn.Module, case: Case) -> None:
 class Run:
     """One model with its optimiser, and the seconds of its steps."""
 
-    def __init__(self, prepare: Callable[[nn.Module, Case], nn.Module], case: Case) -> None:
+    def __init__(self, name: str, prepare: Prepare, case: Case) -> None:
+        self.onednn = "torch's GEMM" not in name
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.model = prepare(case.model(), case).train()
-        check(self.model, case)
+        if case.d <= 2048:  # larger ones run the same code, and their oracle takes minutes
+            check(self.model, case)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.trained, lr=1e-4)
         self.x = case.input()
         self.seconds: dict[str, list[float]] = {"forward": [], "backward": [], "step": []}
 
     def step(self) -> None:
+        products.ONEDNN = self.onednn
         self.optimiser.zero_grad()
         start = time.perf_counter()
         loss = self.model(self.x).float().square().mean()
@@ -274,7 +283,7 @@ def peak(name: str, case: Case) -> int:
     import peft  # noqa: F401  (so that all methods start from the same)
 
     before = resident("VmRSS")
-    run = Run(METHODS[name], case)
+    run = Run(name, METHODS[name], case)
     run.step()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
     run.step()
@@ -297,35 +306,41 @@ def percentiles(values: list[float]) -> tuple[float, float, float]:
     return tenths[1], statistics.median(values), tenths[7]
 
 
-def gemm_rate(dtype: torch.dtype) -> float:
+@torch.no_grad()
+def gemm_rate(dtype: torch.dtype, onednn: bool) -> float:
     """Multiply-adds a second of a large matrix product, the best of five."""
+    products.ONEDNN = onednn
     a, b = torch.randn(3072, 3072).to(dtype), torch.randn(3072, 3072).to(dtype)
     seconds = []
     for _ in range(6):
         start = time.perf_counter()
-        a @ b
+        products.mm(a, b)
         seconds.append(time.perf_counter() - start)
     return 3072**3 / min(seconds[1:])
 
 
-def multiply_adds(model: nn.Module, tokens: int) -> int:
-    """Of the linear layers' step, as the planner counts them; gathering is taken at its price."""
-    total = 0
-    for layer in model.modules():
+def least_seconds(run: Run, tokens: int, rates: tuple[float, float]) -> float:
+    """What the products of the linear layers take at the rates of torch's own and of oneDNN.
+
+    As the planner counts them, cheap bases at their price. The forward product is torch's own.
+    """
+    seconds = 0.0
+    for layer in run.model.modules():
         if isinstance(layer, randlora.RandLoRALinear):
             a, b = layer.operands(layer.base_weight.dtype)
             work = work_of(tokens, a, b, layer.out_features < layer.in_features)
-            own = 2 * tokens * layer.in_features * layer.out_features
-            total += own + cost(work, layer.plan(tokens)) // 1000
+            own = tokens * layer.in_features * layer.out_features
+            update = cost(work, layer.plan(tokens)) // 1000
+            seconds += own / rates[0] + (own + update) / rates[run.onednn]
         elif isinstance(layer, nn.Linear):
-            total += 3 * tokens * layer.in_features * layer.out_features
-    return total
+            seconds += 3 * tokens * layer.in_features * layer.out_features / rates[0]
+    return seconds
 
 
 def bench(case_name: str, rounds: int, memory: bool) -> list[dict[str, object]]:
     case = CASES[case_name]
-    rate = gemm_rate(case.dtype)
-    runs = {name: Run(prepare, case) for name, prepare in METHODS.items()}
+    rates = gemm_rate(case.dtype, False), gemm_rate(case.dtype, True)
+    runs = {name: Run(name, prepare, case) for name, prepare in METHODS.items()}
     with tqdm(total=(rounds + 1) * len(runs), desc=case_name, leave=False) as bar:
         for turn in range(rounds + 1):
             for run in runs.values():
@@ -333,6 +348,7 @@ def bench(case_name: str, rounds: int, memory: bool) -> list[dict[str, object]]:
                 if turn == 0:  # the warm-up
                     run.seconds = {phase: [] for phase in run.seconds}
                 bar.update()
+            bar.set_postfix_str(so_far(runs) if turn else "warm-up")
     rows: list[dict[str, object]] = []
     for name, run in runs.items():
         row: dict[str, object] = {"case": case_name, "method": name}
@@ -341,8 +357,8 @@ def bench(case_name: str, rounds: int, memory: bool) -> list[dict[str, object]]:
             for label, value in zip(("p20", "p50", "p80"), percentiles(values), strict=True):
                 row[f"{phase}_{label}"] = value
         row["saved_mib"] = run.saved_bytes() / 2**20
-        count = multiply_adds(run.model, case.batch * case.length) if "PEFT" not in name else 0
-        row["products"] = count / rate / float(row["step_p50"])  # type: ignore[arg-type]
+        least = least_seconds(run, case.batch * case.length, rates) if "PEFT" not in name else 0
+        row["products"] = least / float(row["step_p50"])  # type: ignore[arg-type]
         rows.append(row)
     runs.clear()
     for row in tqdm(rows, desc=f"{case_name}, memory", leave=False, disable=not memory):
@@ -350,6 +366,13 @@ def bench(case_name: str, rounds: int, memory: bool) -> list[dict[str, object]]:
             peak_in_own_process(str(row["method"]), case_name) / 2**20 if memory else 0
         )
     return rows
+
+
+def so_far(runs: dict[str, Run]) -> str:
+    """Steps as ratios of full fine-tuning's, medians up to now."""
+    median = {name: statistics.median(run.seconds["step"]) for name, run in runs.items()}
+    full = median.pop("full fine-tuning")
+    return ", ".join(f"{name} {value / full:.2f}" for name, value in median.items())
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -383,22 +406,25 @@ PURE = {
     "activations": Choice("activations", "activations", "activations"),
 }
 BASE = {"d": 768, "heads": 12, "hidden": 3072, "depth": 1, "length": 64, "rank": 6, "batch": 16}
-CURVES: dict[str, list[dict[str, int]]] = {
+CURVES: dict[str, list[dict[str, Any]]] = {
     "tokens": [{"batch": batch} for batch in (1, 4, 16, 64)],
     "d": [{"d": d, "hidden": 4 * d} for d in (192, 384, 1536)],
     "rank": [{"rank": rank} for rank in (2, 24, 96)],
     "depth": [{"depth": depth} for depth in (1, 4)],
+    "d of one layer": [{"d": d, "layer": True} for d in (512, 1024, 2048, 4096, 8192)],
 }
+BASES = ("dense", "very_sparse", "isometric")
 
 
 def curve_point(case: Case, rounds: int) -> dict[str, float]:
     """Medians of a whole step: planned and pure ways of two kinds, and the others."""
-    methods = {name: METHODS[name] for name in ("full fine-tuning", "PEFT LoRA", "PEFT RandLora")}
-    for basis in ("dense", "very_sparse"):
+    names = ["full fine-tuning", "PEFT LoRA"] + ["PEFT RandLora"] * (not case.layer)
+    methods = {name: METHODS[name] for name in names}
+    for basis in BASES:
         methods[f"{basis}, planned"] = ours(basis)
-        for way, choice in PURE.items():
+        for way, choice in PURE.items() if not case.layer else ():
             methods[f"{basis}, {way}"] = ours(basis, choice)
-    runs = {name: Run(prepare, case) for name, prepare in methods.items()}
+    runs = {name: Run(name, prepare, case) for name, prepare in methods.items()}
     for turn in range(rounds + 2):
         for run in runs.values():
             run.step()
@@ -419,16 +445,25 @@ def curves(rounds: int, folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows: list[dict[str, object]] = []
-    worst = {"dense": 0.0, "very_sparse": 0.0}
+    worst = dict.fromkeys(BASES, 0.0)
     total = sum(map(len, CURVES.values()))
     with tqdm(total=total, desc="curves", leave=False) as bar:
         for curve, changes in CURVES.items():
             for change in changes:
                 case = Case(**{**BASE, **change})
                 times = curve_point(case, rounds)
-                value = case.batch * case.length if curve == "tokens" else change[curve]
+                value = (
+                    case.batch * case.length if curve == "tokens" else next(iter(change.values()))
+                )
                 rows.append({"curve": curve, "value": value, **times})
-                for basis in worst:
+                relative = {
+                    name: seconds / times["full fine-tuning"]
+                    for name, seconds in times.items()
+                    if "planned" in name or "PEFT" in name
+                }
+                ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in relative.items())
+                tqdm.write(f"{curve} {value}: of full fine-tuning {ratios}")
+                for basis in worst if not case.layer else ():
                     better = min(times[f"{basis}, {way}"] for way in PURE)
                     ratio = times[f"{basis}, planned"] / better
                     worst[basis] = max(worst[basis], ratio)
@@ -450,9 +485,32 @@ def curves(rounds: int, folder: Path) -> None:
     figure.savefig(folder / "curves.png", dpi=120)
 
 
+def picture(rows: list[dict[str, object]], path: Path) -> None:
+    """Step times of all cases, as ratios of full fine-tuning's."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(cases), figsize=(3.2 * len(cases), 4), layout="constrained", sharey=True
+    )
+    axes = [axes] if len(cases) == 1 else list(axes)
+    for ax, case_name in zip(axes, cases, strict=True):
+        chosen = [row for row in rows if row["case"] == case_name]
+        full = chosen[0]["step_p50"]
+        ax.barh([row["method"] for row in chosen], [row["step_p50"] / full for row in chosen])
+        ax.axvline(1, color="black", linewidth=0.8)
+        ax.set(title=case_name, xlabel="step / full fine-tuning")
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=120)
+
+
 def write(path: Path, rows: list[dict[str, object]]) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        fields = dict.fromkeys(field for row in rows for field in row)
+        writer = csv.DictWriter(file, list(fields))
         writer.writeheader()
         writer.writerows(rows)
 
@@ -478,7 +536,9 @@ def main() -> None:
         f"torch {torch.__version__}, peft {peft.__version__}, randlora {randlora.__version__}"
     )
     for dtype in (torch.float32, BF16):
-        print(f"matrix products in {dtype}: {gemm_rate(dtype) / 1e9:.0f} G multiply-adds / s")
+        for onednn, name in enumerate(("torch's own", "the update's")):
+            rate = gemm_rate(dtype, bool(onednn))
+            print(f"matrix products in {dtype}, {name}: {rate / 1e9:.0f} G multiply-adds / s")
     everything: list[dict[str, object]] = []
     for case_name in options.cases:
         rows = bench(case_name, options.rounds, not options.no_memory)
@@ -486,6 +546,7 @@ def main() -> None:
         print(f"\n### {case_name}\n\n{table(rows)}", flush=True)
     if everything:
         write(options.out / "step.csv", everything)
+        picture(everything, options.out / "step.png")
     if options.curves:
         print()
         curves(options.rounds, options.out)
