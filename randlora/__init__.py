@@ -5,6 +5,7 @@ from randlora.bases import BasisBank
 from randlora.diagnostics import rank_report, summary
 from randlora.injection import adapter_parameters, inject
 from randlora.layers import RandLoRALinear
+from randlora.merging import disabled, merge, unload, unmerge
 
 __version__ = "0.1.0"
 
@@ -12,10 +13,14 @@ __all__ = [
     "BasisBank",
     "RandLoRALinear",
     "adapter_parameters",
+    "disabled",
     "functional",
     "inject",
+    "merge",
     "planning",
     "rank_report",
     "reference",
     "summary",
+    "unload",
+    "unmerge",
 ]

@@ -320,13 +320,21 @@ class BasisBank:
 
     # shape: -> (q1, m1), (q2, m2)
     def factors(self, q: int, m: int) -> tuple[Tensor, Tensor]:
-        """The two factors of an isometric ``B``, new float64 tensors on the CPU."""
+        """The two factors of an isometric ``B``, new float64 tensors on the CPU.
+
+        Raises:
+            ValueError: if the bank is of another kind.
+        """
+        if not self.factored:
+            raise ValueError(
+                f"kind must be 'isometric' to have factors, this bank is {self.kind!r}"
+            )
         law = KINDS[self.kind].b
         one, other = (
             orthonormal(
                 _draw(_BASE_B, law, self.seed, 0.0, range(rows), columns, (rows << 32 | columns, f))
             )
-            for f, (rows, columns) in enumerate(factor_shapes(q, m), start=1)
+            for f, (rows, columns) in enumerate(factor_shapes(*_size(q=q, m=m)), start=1)
         )
         return torch.from_numpy(one), torch.from_numpy(other)
 
@@ -335,7 +343,7 @@ class BasisBank:
 
         Then the singular values of ``ΔW`` are those of its coefficients ``C``, up to a factor.
         """
-        return self.factored and is_isometry(q, m)
+        return self.factored and is_isometry(*_size(q=q, m=m))
 
     @property
     def factored(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora.bases import BasisBank
-from randlora.layers import RandLoRALinear
+from randlora.layers import RandLoRALinear, adapted_layers
 from randlora.planning import Plan
 
 __all__ = ["LayerRank", "LayerSummary", "RankReport", "Summary", "rank_report", "summary"]
@@ -138,7 +138,7 @@ def summary(model: nn.Module, tokens: int | None = None) -> Summary:
     Raises:
         ValueError: if no layer of ``model`` is adapted.
     """
-    layers = _adapted(model)
+    layers = adapted_layers(model)
     banks = {id(layer.bank): layer.bank for layer in layers.values()}
     return Summary(
         layers=tuple(
@@ -175,12 +175,14 @@ def rank_report(model: nn.Module) -> RankReport:
     Raises:
         ValueError: if no layer of ``model`` is adapted.
     """
-    return RankReport(tuple(_layer_rank(name, layer) for name, layer in _adapted(model).items()))
+    return RankReport(
+        tuple(_layer_rank(name, layer) for name, layer in adapted_layers(model).items())
+    )
 
 
 @torch.no_grad()
 def _layer_rank(name: str, layer: RandLoRALinear) -> LayerRank:
-    (r, p), (q, m) = layer.sizes
+    (r, p), (q, m) = layer._sizes
     certified = layer.bank.is_isometry(q, m)
     if certified:
         lam, gamma = layer.randlora_lambda.double(), layer.randlora_gamma.double()
@@ -209,13 +211,6 @@ def _layer_rank(name: str, layer: RandLoRALinear) -> LayerRank:
 def _describe(plan: Plan) -> str:
     ways = " ".join((plan.forward, plan.grad_input, plan.grad_parameters))
     return f"{ways}, keeps {plan.keeps}{' and weight' * plan.keep_weight}"
-
-
-def _adapted(model: nn.Module) -> dict[str, RandLoRALinear]:
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, RandLoRALinear)}
-    if not layers:
-        raise ValueError("model must be adapted, but it has no RandLoRALinear; see randlora.inject")
-    return layers
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

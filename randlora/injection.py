@@ -16,7 +16,7 @@ from randlora._checks import as_positive_int, as_scaling
 from randlora.bases import KINDS, BasisBank
 from randlora.layers import Adaptation, RandLoRALinear, Settings, unsupported
 
-__all__ = ["adapter_parameters", "inject"]
+__all__ = ["SAVED", "adapter_parameters", "inject"]
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 Pattern: TypeAlias = str | re.Pattern[str]
@@ -26,7 +26,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
 _HEADS = {"classifier", "embed_out", "fc", "head", "heads", "lm_head", "logits", "score"}
-_SAVED = "randlora_saved"  # set on the modules that `modules_to_save` named
+SAVED = "randlora_saved"  # set on the modules that `modules_to_save` named
 
 
 def inject(
@@ -124,7 +124,7 @@ def inject(
         adaptation.apply()
     for module in saved:
         module.requires_grad_(True)
-        setattr(module, _SAVED, True)
+        setattr(module, SAVED, True)
     return model
 
 
@@ -141,7 +141,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, RandLoRALinear):
             adapters |= dict.fromkeys((module.randlora_lambda, module.randlora_gamma))
-        if getattr(module, _SAVED, False):
+        if getattr(module, SAVED, False):
             saved |= dict.fromkeys(module.parameters())
     if not adapters:
         raise ValueError("model must be adapted, but it has no RandLoRALinear; see randlora.inject")

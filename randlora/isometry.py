@@ -7,7 +7,8 @@ entries of ``B`` have a mean square of one, as those of the other kinds have.
 **Theorem.** Let ``C`` be the matrix of the coefficients, ``ΔW = scaling · B C``, and ``m ≤ q``.
 
 1. If ``q1 q2 = q``, then ``σ_i(ΔW) = scaling · scale · σ_i(C)`` for every ``i``: the rank and the
-   condition number of ``ΔW`` are those of ``C``.
+   condition number of ``ΔW`` are those of ``C``. (Of the ideal ``B``; factors rounded to a layer's
+   dtype are orthonormal to rounding, and so are the values.)
 2. If ``q1 q2 > q``, then for almost all factors ``B`` has full column rank, so
    ``rank(ΔW) = rank(C)``.
 
@@ -23,8 +24,12 @@ that is not zero all over it is zero on a set of measure zero. ∎
 In a square layer whose rank does not divide its size, ``m = n r > p = q``: that many columns cannot
 be orthonormal. The factors are then square and orthogonal of an order of at least ``m``, and cut to
 ``q`` rows: orthonormal rows where the order is ``m``, and by the same argument, with rows and
-columns exchanged, full row rank for almost all factors where it is more. No column is zero, so
-every number trained keeps an effect.
+columns exchanged, full row rank for almost all factors where it is more. No column is zero for
+almost all factors (each is not at some, so the same argument holds for it): every number trained
+keeps an effect, though some may have a small one in a layer of a few columns.
+
+Where rows are cut, rank is all that is certain: the condition number of ``B`` is some tens, and has
+a heavy tail where as many columns are left as rows (up to some thousands at 1021 × 1021).
 
 **What full rank of B is good for.** If ``B`` has rank ``min(q, m) ≥ p`` and ``A`` has no vanishing
 minor, then ``rank(ΔW) = p`` for almost all ``Λ``, ``Γ``. *Proof.* Choose ``p`` independent columns
@@ -91,7 +96,7 @@ def _last_row(m: int, m2: int, q2: int) -> int:
     return block * q2 + place
 
 
-def orthonormal(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def orthonormal(matrix: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     """Orthonormalise the columns of a matrix, at least as high as wide, in their order.
 
     By Gram and Schmidt, each column twice, which is enough for orthogonality to rounding. The
@@ -101,7 +106,7 @@ def orthonormal(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """
     q, _ = matrix.shape
     done = np.empty((0, q))
-    for column in matrix.T:
+    for column in matrix.T.astype(np.float64):
         for candidate in (column, *np.eye(q)):
             rest = candidate / np.sqrt(_total(candidate * candidate))
             for _ in range(2):

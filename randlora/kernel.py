@@ -42,6 +42,8 @@ __all__ = ["TRANSIENT_BYTES", "EffectiveWeight", "Linear", "autocast_dtype"]
 TRANSIENT_BYTES = 256 * 2**20
 
 
+_PART = 512  # columns of C formed at a time where it is added to a weight
+
 # --- the pieces, on matrices ---------------------------------------------------------------------
 
 
@@ -81,22 +83,25 @@ class _Update:
         """The columns (rows, if wide) of ``W0 + ΔW``, in the dtype of ``A``.
 
         In low precision the sum is rounded once, from the accumulator of the product. Where ``B``
-        is applied by gathering, and under autocast, ``ΔW`` is rounded before, which is as little
-        against the rounding of the sum as ``ΔW`` is against ``W0``.
+        is applied by gathering or by factors, and under autocast, ``ΔW``, or what it is made of, is
+        rounded before, which is as little against the rounding of the sum as ``ΔW`` is against
+        ``W0``.
         """
-        c, wide = self.c(tile), self.wide
-        if weight is None:
-            delta = self.b.mm(c)
-            return delta.T if wide else delta
-        base = weight[tile] if wide else weight[:, tile]
-        if base.dtype != c.dtype:  # autocast: W0 is of a wider dtype
-            delta = self.b.mm(c)
-            return (base + (delta.T if wide else delta)).to(c.dtype)
+        wide, dtype = self.wide, self.a.dtype
+        base = None if weight is None else weight[tile] if wide else weight[:, tile]
+        if base is None or base.dtype != dtype:  # autocast: W0 is of a wider dtype
+            delta = self.b.mm(self.c(tile))
+            delta = delta.T if wide else delta
+            return delta if base is None else (base + delta).to(dtype)
         total = base.clone(memory_format=torch.contiguous_format)
-        if wide:
-            self.b.tokens_addmm_(total, c.T)
-        else:
-            self.b.addmm_(total, c)
+        # In parts, so that C is not there as a whole beside it.
+        for lo in range(0, tile.stop - tile.start, _PART):
+            part = slice(lo, min(lo + _PART, tile.stop - tile.start))
+            c = self.c(slice(tile.start + part.start, tile.start + part.stop))
+            if wide:
+                self.b.tokens_addmm_(total[part], c.T)
+            else:
+                self.b.addmm_(total[:, part], c)
         return total
 
     # shape: p_tile (m, tile) -> (n, r), (n, tile)
@@ -273,6 +278,19 @@ class Linear(torch.autograd.Function):
             by_tokens = plan.grad_parameters == "activations" and any(needs)
             shared = by_tokens or (needs_x and plan.grad_input == "activations")
             dyb: Any = b.tokens_mm(rows) if shared and not wide else None  # (T, m)
+            if needs_bias:
+                d_bias = rows.sum(0)
+            if needs_weight:
+                d_weight = mm(rows.T, x) if dw is None else torch.addmm(dw, rows.T, x)
+            if any(needs):
+                if by_tokens and wide and xb is None:
+                    xb = b.tokens_mm(x)
+                left = (xb if wide else dyb) if by_tokens else None
+                d_lam, d_gamma = _parameter_grads(update, needs, rows, x, left, d_weight, dw)
+                del left
+            if plan.grad_input == "weight":
+                dyb = None
+            # Last, so that nothing but what it takes is there beside it.
             if needs_x:
                 if plan.grad_input == "weight":
                     dx = mm(rows, w) if w is not None else _by_weight_back(update, weight, rows)
@@ -285,26 +303,36 @@ class Linear(torch.autograd.Function):
                 if dxb is not None:
                     b.tokens_addmm_(dx, dxb)
                 dx = dx.view(ctx.shape)
-            if needs_bias:
-                d_bias = rows.sum(0)
-            if needs_weight:
-                d_weight = mm(rows.T, x) if dw is None else torch.addmm(dw, rows.T, x)
-            if any(needs):
-                left = (xb if xb is not None else b.tokens_mm(x)) if by_tokens and wide else dyb
-                shares = []
-                p: Any
-                for tile in update.tiles():
-                    if by_tokens:
-                        p = mm(left.T, (rows if wide else x)[:, tile])  # (m, tile)
-                    elif d_weight is not None:  # it holds dw already
-                        p = b.tmm(d_weight[tile].T if wide else d_weight[:, tile])
-                    else:
-                        p = b.tmm(mm(x.T, rows[:, tile]) if wide else mm(rows.T, x[:, tile]))
-                    if dw is not None and (by_tokens or d_weight is None):
-                        p = p + b.tmm(dw[tile].T if wide else dw[:, tile])
-                    shares.append(update.parameter_grads(p, tile, needs))
-                d_lam, d_gamma = _summed(update, shares)
         return dx, d_weight, d_bias, d_lam, d_gamma, None, None, None, None, None
+
+
+# shape: rows (T, out), x (T, in), left (T, m), d_weight and dw (out, in) -> (n, r), (n, p)
+def _parameter_grads(
+    update: _Update,
+    needs: tuple[bool, bool],
+    rows: Tensor,
+    x: Any,
+    left: Tensor | None,
+    d_weight: Tensor | None,
+    dw: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """``dΛ`` and ``dΓ``: from ``left``, which is ``x B`` or ``dy B``, else through the weight.
+
+    ``d_weight`` is ``dyᵀ x + dw`` where it was formed for the weight's own sake.
+    """
+    wide, b = update.wide, update.b
+    shares = []
+    for tile in update.tiles():
+        if left is not None:
+            p = mm(left.T, (rows if wide else x)[:, tile])  # (m, tile)
+        elif d_weight is not None:
+            p = b.tmm(d_weight[tile].T if wide else d_weight[:, tile])
+        else:
+            p = b.tmm(mm(x.T, rows[:, tile]) if wide else mm(rows.T, x[:, tile]))
+        if dw is not None and (left is not None or d_weight is None):
+            p = p + b.tmm(dw[tile].T if wide else dw[:, tile])
+        shares.append(update.parameter_grads(p, tile, needs))
+    return _summed(update, shares)
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

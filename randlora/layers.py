@@ -25,11 +25,19 @@ from randlora.kernel import autocast_dtype
 from randlora.operators import DenseOperator, Operator
 from randlora.planning import AUTOMATIC, Choice, Plan, choose
 
-__all__ = ["Adaptation", "RandLoRALinear", "Settings", "unsupported"]
+__all__ = [
+    "Adaptation",
+    "RandLoRALinear",
+    "Settings",
+    "adapted_layers",
+    "plain_class",
+    "remove",
+    "unsupported",
+]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PARAMETERS = ("randlora_lambda", "randlora_gamma")
-_STATE = ("rank", "num_bases", "scaling", "dropout", "asked_rank", "bank", "_stores")
+_STATE = ("rank", "num_bases", "scaling", "dropout", "asked_rank", "bank", "_stores", "_folded")
 
 
 class RandLoRALinear(nn.Linear):
@@ -54,6 +62,9 @@ class RandLoRALinear(nn.Linear):
     apply. :attr:`choice` fixes what is not to be planned: on a layer for that layer, on the class
     for all. ``Choice(keep_weight=None)`` trades memory for speed: it lets the planner keep ``W0 +
     ΔW`` from forward to backward where forming it again would cost time.
+
+    While :attr:`merged` the layer computes with one weight, formed once; while not :attr:`enabled`,
+    with the frozen one. :func:`randlora.merge` and :func:`randlora.disabled` set them for a model.
 
     :attr:`weight` is the effective weight, so code that reads it instead of calling the module (as
     attention layers do) sees the update. :attr:`base_weight` is the frozen one, which keeps the
@@ -89,6 +100,8 @@ class RandLoRALinear(nn.Linear):
 
     base_class: ClassVar[type[nn.Linear]] = nn.Linear
     choice: Choice = AUTOMATIC
+    enabled: bool = True
+    merged: bool = False
 
     randlora_lambda: nn.Parameter
     randlora_gamma: nn.Parameter
@@ -99,6 +112,7 @@ class RandLoRALinear(nn.Linear):
     asked_rank: int
     bank: BasisBank
     _stores: dict[tuple[torch.device, torch.dtype], Store]
+    _folded: tuple[list[tuple[int, int]], Tensor] | None
 
     def __init__(
         self,
@@ -166,9 +180,11 @@ class RandLoRALinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The effective weight ``W0 + ΔW``, ``(out, in)``, differentiable in ``Λ`` and ``Γ``."""
         base = self.base_weight
-        if "randlora_gamma" not in self._parameters:
-            return base  # nn.Linear.__init__ is still at work
+        if "randlora_gamma" not in self._parameters or not self.enabled:
+            return base  # nn.Linear.__init__ is still at work, or the update is to be left out
         try:
+            if self.merged:
+                return self._merged_weight()
             a, b = self.operands(base.dtype)
             lam, gamma = self.randlora_lambda, self.randlora_gamma
             return effective_weight(base, lam, gamma, a, b, scaling=self.scaling)
@@ -186,7 +202,7 @@ class RandLoRALinear(nn.Linear):
         if dtype is None or dtype == weight.dtype:
             a, b = self.operands(weight.dtype)
         else:  # to read, not to train with: the bank need not keep it
-            (r, p), (q, m) = self.sizes
+            (r, p), (q, m) = self._sizes
             a = self.bank.a(r, p).to(weight.device, dtype)
             b = DenseOperator(self.bank.b(q, m, dtype).to(weight.device))
         return delta_weight(lam, gamma, a, b, scaling=self.scaling, wide=self._wide)
@@ -199,6 +215,8 @@ class RandLoRALinear(nn.Linear):
             ValueError: if the last dimension of ``x`` is not ``in_features``.
         """
         weight, bias = self.base_weight, self.bias
+        if self.merged or not self.enabled:
+            return F.linear(input, self.weight, bias)
         dtype = autocast_dtype(weight.device)
         if dtype is None or weight.dtype == torch.float64:  # which autocast leaves alone
             dtype = weight.dtype
@@ -213,6 +231,30 @@ class RandLoRALinear(nn.Linear):
             frozen = F.linear(input, weight, bias)
             return frozen + randlora_linear(dropped, None, None, *update, **keywords)
         return randlora_linear(input, weight, bias, *update, **keywords)
+
+    def fold(self) -> Tensor:
+        """``W0 + ΔW`` without a gradient, kept as long as what it is formed of stays the same."""
+        made_of = self.base_weight, self.randlora_lambda, self.randlora_gamma
+        if self._folded is not None and torch.compiler.is_compiling():
+            return self._folded[1]  # a compiled function sees no versions
+        versions = [(id(t), 0 if t.is_inference() else t._version) for t in made_of]
+        if self._folded is None or self._folded[0] != versions:
+            # In this order: leaving inference mode turns gradients on.
+            with torch.inference_mode(False), torch.no_grad():
+                folded = effective_weight(
+                    *made_of, *self.operands(self.base_weight.dtype), scaling=self.scaling
+                )
+            self._folded = versions, folded
+        return self._folded[1]
+
+    def _merged_weight(self) -> Tensor:
+        trained = any(getattr(self, name).requires_grad for name in _PARAMETERS)
+        if self.training and trained and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{type(self).__name__} is merged, so its update gets no gradient; "
+                "randlora.unmerge the model to train it, or put it in eval mode"
+            )
+        return self.fold()
 
     def plan(self, tokens: int, *, needs_input: bool = True) -> Plan:
         """What a training step with so many tokens would do, see :mod:`randlora.planning`.
@@ -246,7 +288,7 @@ class RandLoRALinear(nn.Linear):
         return self.out_features < self.in_features
 
     @property
-    def sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    def _sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """``(r, p)`` of ``A`` and ``(q, m)`` of ``B``."""
         p, q = sorted((self.in_features, self.out_features))
         return (self.rank, p), (q, self.num_bases * self.rank)
@@ -257,7 +299,7 @@ class RandLoRALinear(nn.Linear):
         if key not in self._stores:
             refuse_to_draw_while_compiling()
             self._stores[key] = self.bank.store(*key)
-        (r, p), (q, m) = self.sizes
+        (r, p), (q, m) = self._sizes
         return self._stores[key].operands(r, p, q, m)
 
     def draw_bases(self) -> None:
@@ -268,13 +310,14 @@ class RandLoRALinear(nn.Linear):
     def _apply(self, fn: Any, recurse: bool = True) -> RandLoRALinear:
         before = self.base_weight.device, self.base_weight.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._folded = None
         if before != (self.base_weight.device, self.base_weight.dtype):
             self._stores.clear()
             self.draw_bases()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_stores": {}}  # type: ignore[no-untyped-call]
+        return {**super().__getstate__(), "_stores": {}, "_folded": None}  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -384,7 +427,7 @@ class Adaptation:
             )
         _reset(self.lam, self.gamma)
         self.sizes = r, p, q, n * r
-        self.state = {**asdict(settings), "bank": bank, "_stores": {}}
+        self.state = {**asdict(settings), "bank": bank, "_stores": {}, "_folded": None}
 
     def draw_bases(self) -> None:
         """Have the bank draw what the layer will need, and hold it for it."""
@@ -403,6 +446,41 @@ class Adaptation:
         vars(linear).update(self.state)
         linear.__class__ = self.cls
         return linear  # type: ignore[return-value]
+
+
+def adapted_layers(model: nn.Module) -> dict[str, RandLoRALinear]:
+    """The adapted layers of a model by name.
+
+    Raises:
+        TypeError: if ``model`` is not a module.
+        ValueError: if there are none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, RandLoRALinear)}
+    if not layers:
+        raise ValueError("model must be adapted, but it has no RandLoRALinear; see randlora.inject")
+    return layers
+
+
+def plain_class(layer: RandLoRALinear) -> type[nn.Linear] | None:
+    """What an adapted layer was before, or None where it is of a class written for adaptation."""
+    cls = type(layer)
+    return cls.base_class if cls is RandLoRALinear or "base_class" in vars(cls) else None
+
+
+def remove(layer: RandLoRALinear, *, merge: bool) -> None:
+    """Make an adapted layer plain again, with the update in a new weight or without it."""
+    plain = plain_class(layer)
+    assert plain is not None
+    if merge:
+        weight = nn.Parameter(layer.fold(), requires_grad=layer.base_weight.requires_grad)
+        layer._parameters["weight"] = weight
+    for name in _PARAMETERS:
+        del layer._parameters[name]
+    for name in (*_STATE, "choice", "enabled", "merged"):
+        vars(layer).pop(name, None)
+    layer.__class__ = plain  # type: ignore[assignment]
 
 
 @torch.no_grad()

@@ -25,10 +25,9 @@ _TILE = 128  # columns gathered at a time: a table of 3,000 rows stays in a cach
 class Operator(Protocol):
     """``B / scale``, shape ``(q, m)``, by five products.
 
-    The first three are for matrices with the columns of the weight, and their results laid out by
-    rows; the last two are for tokens, whose ``(k, m)`` side is given, and best taken, by columns
-    where ``by_columns``. Results are in the dtype of the argument; dense products that add, in
-    place, round once in low precision.
+    The first three are for matrices with the columns of the weight, the last two for tokens, whose
+    ``(k, m)`` side is given, and best taken, by columns where ``by_columns``. Results are in the
+    dtype of the argument; dense products that add, in place, round once in low precision.
     """
 
     scale: float
@@ -205,7 +204,7 @@ class GatherOperator:
     def addmm_(self, total: Tensor, c: Tensor) -> None:
         """See :class:`Operator`."""
         for tile in _tiles(c.shape[1]):
-            total[:, tile] += _gather(self.by_row, c[:, tile])
+            total[:, tile].add_(_gather(self.by_row, c[:, tile]))
 
     def tokens_mm(self, x: Tensor) -> Tensor:
         """See :class:`Operator`."""
@@ -214,7 +213,7 @@ class GatherOperator:
     def tokens_addmm_(self, total: Tensor, h: Tensor) -> None:
         """See :class:`Operator`."""
         for tile in _tiles(len(h)):
-            total[tile] += _gather(self.by_row, h[tile].T).T
+            total[tile].add_(_gather(self.by_row, h[tile].T).T)
 
 
 class KroneckerOperator:
@@ -222,8 +221,9 @@ class KroneckerOperator:
 
     That takes ``1 / m1 + 1 / q2`` of the multiply-adds of the dense product: with a matrix like the
     weight ``R1`` as one product and ``R2`` as one for each of its ``q1`` blocks, with tokens ``R2``
-    as one product and ``R1`` as one for each token. Nothing is transposed. Products this small run
-    at a third of the rate of large ones (``benchmarks/README.md``), hence the costs.
+    as one product and ``R1`` as one for each token, without a transposing copy of what is by rows.
+    Products this small run at a third of the rate of large ones (``benchmarks/README.md``), hence
+    the costs. In low precision what lies between the factors is rounded.
     """
 
     by_columns = False

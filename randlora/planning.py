@@ -165,5 +165,9 @@ def choose(work: Work, choice: Choice = AUTOMATIC) -> Plan:
     least = min(cost(work, plan) for plan in allowed)
     own = 1000 * work.tokens * work.p * work.q * (1 + work.needs_input) * (not work.alone)
     good = [plan for plan in allowed if 64 * (cost(work, plan) - least) <= own + least]
-    order = [(kept(work, plan), cost(work, plan), place) for place, plan in enumerate(good)]
-    return good[min(order)[2]]
+    best = good[0]
+    for plan in good[1:]:  # one by one: a compiler that traces this knows no order of tuples
+        more = kept(work, plan) - kept(work, best)
+        if more < 0 or (more == 0 and cost(work, plan) < cost(work, best)):
+            best = plan
+    return best

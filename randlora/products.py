@@ -10,12 +10,14 @@ twice as fast (``benchmarks/README.md``).
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 __all__ = ["ONEDNN", "addmm_", "mm", "onednn"]
 
-# Whether float32 products may go to oneDNN; to be set as it is here. What a product is computed by
-# depends on this, on the processor and on the shapes and strides alone: results are reproducible.
+# Whether float32 products may go to oneDNN; to be set as it is here. Which way a product takes
+# depends on this, the processor, sizes, strides, and whether derivatives are recorded; its bits, as
+# those of any product, on the number of threads as well.
 ONEDNN = True
 
 _SMALLEST = 64  # where it was measured not to lose: every dimension at least,
@@ -48,16 +50,27 @@ def onednn(dtype: torch.dtype, device: torch.device) -> bool:
     return ONEDNN and dtype == torch.float32 and device.type == "cpu" and _AVAILABLE
 
 
+# shape: a (i, j), b (j, k) -> (i, k)
 def mm(a: Tensor, b: Tensor) -> Tensor:
-    """``a b``, differentiable like it: with gradients recorded, it is ``a @ b``."""
-    if _suits(a, b):
-        return _onednn(a, b)
-    return _onednn(b.T, a.T).T if _suits(b.T, a.T) else a @ b
+    """``a b``, differentiable like it: where derivatives are recorded it is ``a @ b``.
+
+    By rows; by columns where ``b`` is part of a larger matrix.
+    """
+    if _allowed(a, b):
+        if _suits(a, b):
+            return _onednn(a, b)
+        if _suits(b.T, a.T):
+            return _onednn(b.T, a.T).T
+    return a @ b
 
 
+# shape: total (i, k), a (i, j), b (j, k)
 def addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a b``; in low precision rounded once, from the accumulator."""
-    if _suits(a, b) or _suits(b.T, a.T):
+    """``total += a b``; in low precision rounded once, from the accumulator.
+
+    oneDNN has no product that adds to a matrix in place: the product is there beside it for a time.
+    """
+    if _allowed(a, b) and (_suits(a, b) or _suits(b.T, a.T)):
         total += mm(a, b)
     else:
         total.addmm_(a, b)
@@ -68,17 +81,23 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
     return product
 
 
-def _suits(a: Tensor, b: Tensor) -> bool:
+def _allowed(a: Tensor, b: Tensor) -> bool:
+    """Whether the product may go to oneDNN, which knows no derivatives and no subclasses."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
     (rows, inner), columns = a.shape, b.shape[1]
     return (
         min(rows, inner, columns) >= _SMALLEST
         and rows * inner * columns >= _LEAST
         and onednn(a.dtype, a.device)
         and a.dtype == b.dtype
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and type(a) is type(b) is Tensor
-        # Other strides are taken, but a hundred times slower.
-        and 1 in a.stride()
-        and (b.is_contiguous() or b.T.is_contiguous())
+        and type(a) in (Tensor, nn.Parameter)
+        and type(b) in (Tensor, nn.Parameter)
+        and forward_ad._current_level < 0
+        and bool(torch.backends.mkldnn.enabled)
     )
+
+
+def _suits(a: Tensor, b: Tensor) -> bool:
+    """Whether the strides are those it is fast for: others are taken, a hundred times slower."""
+    return 1 in a.stride() and (b.is_contiguous() or b.T.is_contiguous())

@@ -198,7 +198,7 @@ def test_the_update_alone_is_the_oracle_s(c):
 
 
 @pytest.mark.parametrize("tiled", [False, True])
-@pytest.mark.parametrize("kind", ["dense", "sparse", "very_sparse"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "very_sparse", "isometric"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_plan_passes_gradgradcheck(shape, kind, tiled, monkeypatch):
     if tiled:
@@ -254,7 +254,7 @@ def test_linear_without_bias_passes_gradcheck_for_every_kind(shape, kind):
     assert torch.autograd.gradcheck(call, linear_inputs(shape, mask, bias=False, kind=kind))
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "isometric"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear_can_be_differentiated_twice(shape, kind):
     inputs = linear_inputs(shape, [True] * 5, bias=True, kind=kind)
@@ -334,7 +334,7 @@ def test_inputs_and_gradients_need_not_be_contiguous(shape, view):
 
 
 @pytest.mark.parametrize("way", ["weight", "activations"])
-@pytest.mark.parametrize("kind", ["dense", "sparse", "very_sparse"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "very_sparse", "isometric"])
 @pytest.mark.parametrize("shape", ["tall", "wide"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_follows_float64(shape, dtype, kind, way):

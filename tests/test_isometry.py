@@ -9,6 +9,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from randlora import BasisBank, RandLoRALinear, rank_report
+from randlora.bases import KINDS, _draw
 from randlora.isometry import factor_shapes, is_isometry, orthonormal
 from tests import cases
 
@@ -62,6 +63,20 @@ def test_sizes_never_change(size):
     assert factor_shapes(*size) == SHAPES[size]
 
 
+def test_no_size_of_a_grid_changes():
+    """Each constant of the choice decides some of these."""
+    grid = [(q, m) for q in range(1, 2600, 37) for m in range(1, q + 9, 1 + q // 12)]
+    grid += [(70000, 66000), (131072, 8), (97, 89), (239, 239), (311, 300), (1022, 1022)]
+    found = repr([factor_shapes(q, m) for q, m in grid]).encode()
+    assert hashlib.sha256(found).hexdigest()[:16] == "43433d4ae27a2442"
+
+
+GOLDEN = {
+    (40, 30): "874bbd272454bb3f",
+    (311, 300): "7a25356d0de4a055",
+    (24, 25): "081d0d5176863309",
+}
+
 # --- factors -------------------------------------------------------------------------------------
 
 
@@ -95,7 +110,36 @@ def test_factors_never_change_to_the_bit():
     factors = BasisBank("isometric", seed=7).factors(40, 30)
     digests = [hashlib.sha256(f.numpy().astype("<f8").tobytes()).hexdigest()[:16] for f in factors]
     assert [tuple(f.shape) for f in factors] == [(5, 5), (8, 6)]
-    assert digests == ["fb8d8653d1febce4", "a628c86ef104e5d1"]
+    assert digests == ["c0baf98b152cf9a5", "1b191724e37c7f70"]
+
+
+def test_factors_are_those_of_the_normal_stream():
+    """As another implementation would make them: a QR decomposition in float64 of the draw."""
+    bank = BasisBank("isometric", seed=7)
+    for f, (factor, shape) in enumerate(
+        zip(bank.factors(40, 30), factor_shapes(40, 30), strict=True), start=1
+    ):
+        rows, columns = shape
+        place = (rows << 32 | columns, f)
+        drawn = _draw(1, KINDS["isometric"].b, 7, 0.0, range(rows), columns, place)
+        q, r = np.linalg.qr(drawn.astype(np.float64))
+        assert abs(factor.numpy() - q * np.sign(np.diag(r))).max() < 1e3 * EPS
+
+
+@pytest.mark.parametrize("size", GOLDEN)
+def test_bases_never_change_to_the_bit(size):
+    """For a size that factors, one that is cut, and more columns than rows."""
+    b = BasisBank("isometric", seed=7).b(*size, torch.float64)
+    digest = hashlib.sha256(b.numpy().astype("<f8").tobytes()).hexdigest()[:16]
+    assert digest == GOLDEN[size]
+    assert abs(b.square().mean() - 1) < 0.05
+
+
+def test_factors_are_those_of_an_isometric_bank_alone():
+    with pytest.raises(ValueError, match="kind must be 'isometric' to have factors"):
+        BasisBank("very_sparse").factors(6, 4)
+    with pytest.raises(ValueError, match="q must be"):
+        BasisBank("isometric").is_isometry(0, 1)
 
 
 def test_a_factor_is_named_by_its_shape_and_side():
@@ -164,6 +208,13 @@ def test_the_report_certifies_nothing_else():
         (report,) = rank_report(layer)
         assert not report.certified
         assert report.rank == report.full_rank
+
+
+@pytest.mark.parametrize(("q", "m"), [(24, 25), (768, 770)])
+def test_rows_are_orthonormal_where_columns_outnumber_them(q, m):
+    b = BasisBank("isometric", seed=5).b(q, m, torch.float64) / m**0.5
+    assert (b @ b.T - torch.eye(q)).abs().max() < 200 * EPS
+    assert (b.norm(dim=0) > 0.1).all()
 
 
 def test_every_trained_number_has_an_effect_where_columns_outnumber_rows():

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "functional": {"kernel", "operators", "planning"},
     "layers": {"_checks", "bases", "functional", "kernel", "operators", "planning"},
     "injection": {"_checks", "bases", "layers"},
+    "merging": {"injection", "layers"},
     "diagnostics": {"bases", "layers", "planning"},
 }
 

@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
+from torch.autograd import forward_ad
 
 from randlora import BasisBank, kernel, products, reference
 from randlora.functional import randlora_linear
@@ -65,6 +67,7 @@ def test_products_are_those_of_torch(size, layouts, asked):
         {"rows": 63}, {"inner": 63}, {"columns": 63}, {"rows": 0}, {"inner": 0}, {"columns": 0},
         {"rows": 64, "inner": 64, "columns": 64}, {"dtype": torch.float64},
         {"dtype": torch.bfloat16}, {"dtype": torch.float16}, {"grad": True}, {"off": True},
+        {"flags": True},
     ],
     ids=str,
 )  # fmt: skip
@@ -74,6 +77,8 @@ def test_other_products_are_left_to_torch_to_the_bit(change, asked, monkeypatch)
     b = torch.randn(of["inner"], of["columns"]).to(of["dtype"])
     if "off" in change:
         monkeypatch.setattr(products, "ONEDNN", False)
+    if "flags" in change:
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     with torch.set_grad_enabled("grad" in change):
         assert torch.equal(products.mm(a, b), a @ b)
         total = torch.randn(of["rows"], of["columns"]).to(of["dtype"])
@@ -81,6 +86,46 @@ def test_other_products_are_left_to_torch_to_the_bit(change, asked, monkeypatch)
         products.addmm_(total, a, b)
         assert torch.equal(total, want)
     assert not asked
+
+
+@torch.no_grad()
+def test_parameters_are_tensors_and_other_subclasses_are_not(asked):
+    class Marked(torch.Tensor):
+        pass
+
+    a, b = torch.randn(300, 200), torch.randn(200, 250)
+    assert products.mm(a, nn.Parameter(b)).is_contiguous()
+    assert products.mm(nn.Parameter(a), b).is_contiguous()
+    assert len(asked) == 2
+    for one, other in ((a.as_subclass(Marked), b), (a, b.as_subclass(Marked))):
+        assert torch.equal(products.mm(one, other).as_subclass(torch.Tensor), a @ b)
+        products.addmm_(torch.zeros(300, 250), one, other)
+    assert len(asked) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own use
+@torch.no_grad()
+def test_forward_derivatives_are_not_lost(asked):
+    a, b, tangent = torch.randn(300, 200), torch.randn(200, 250), torch.randn(300, 200)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(a, tangent)
+        found = forward_ad.unpack_dual(products.mm(dual, b)).tangent
+        assert torch.equal(found, tangent @ b)
+    assert not asked
+    products.mm(a, b)
+    assert asked
+
+
+def test_the_gradient_of_the_input_is_laid_out_by_rows():
+    c = cases.case(BasisBank(seed=3), 320, 256, 8, 32, lead=(200,))
+    a, b = c.operands(torch.float32)
+    for way in ("weight", "activations"):
+        x = c.x.float().requires_grad_()
+        weight = nn.Parameter(c.weight.float(), requires_grad=False)
+        y = randlora_linear(
+            x, weight, None, c.lam.float(), c.gamma.float(), a, b, choice=Choice(way, way)
+        )
+        assert torch.autograd.grad(y.sum(), x)[0].is_contiguous()
 
 
 def test_an_operator_of_another_signature_is_no_use(monkeypatch):
@@ -91,7 +136,7 @@ def test_an_operator_of_another_signature_is_no_use(monkeypatch):
 @needs_onednn
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("shape", [(320, 256), (256, 320)])
-@pytest.mark.parametrize("kind", ["dense", "sparse", "very_sparse"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "very_sparse", "isometric"])
 def test_large_layers_in_float32_agree_with_the_oracle(kind, shape, tiled, asked, monkeypatch):
     """At sizes where oneDNN is asked, which the properties at small ones do not reach."""
     monkeypatch.setattr(kernel, "TRANSIENT_BYTES", 320 * 4 * 128 if tiled else 2**28)
