@@ -3,9 +3,10 @@
 from randlora import functional, planning, reference
 from randlora.bases import BasisBank
 from randlora.diagnostics import rank_report, summary
+from randlora.handlers import register
 from randlora.injection import adapter_parameters, inject
 from randlora.layers import RandLoRALinear
-from randlora.merging import disabled, merge, unload, unmerge
+from randlora.merging import delete_adapter, disabled, merge, set_adapter, unload, unmerge
 
 __version__ = "0.1.0"
 
@@ -13,6 +14,7 @@ __all__ = [
     "BasisBank",
     "RandLoRALinear",
     "adapter_parameters",
+    "delete_adapter",
     "disabled",
     "functional",
     "inject",
@@ -20,6 +22,8 @@ __all__ = [
     "planning",
     "rank_report",
     "reference",
+    "register",
+    "set_adapter",
     "summary",
     "unload",
     "unmerge",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from randlora.adapters import Adapter, adapted_modules, delta, weight_name
 from randlora.bases import BasisBank
-from randlora.layers import RandLoRALinear, adapted_layers
+from randlora.injection import left_out
+from randlora.layers import RandLoRALinear
 from randlora.planning import Plan
 
 __all__ = ["LayerRank", "LayerSummary", "RankReport", "Summary", "rank_report", "summary"]
@@ -18,13 +21,17 @@ __all__ = ["LayerRank", "LayerSummary", "RankReport", "Summary", "rank_report", 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One adapted layer: its name, sizes and what of it is trained.
+    """One adapted weight: its name, its sizes as a matrix and what of its update is trained.
 
-    ``asked_rank`` is larger than ``rank`` where ``inject`` lowered it to ``min(out, in)``. ``plan``
-    is what a training step would do with the tokens asked about.
+    A weight called ``weight`` goes by the name of its module. ``stack`` is how many matrices of the
+    size it holds, 0 where it is one. ``asked_rank`` is larger than ``rank`` where ``inject``
+    lowered it to ``min(out, in)``. ``plan`` is what a training step would do with the tokens asked
+    about; None for weights that are formed whenever they are read.
     """
 
     name: str
+    adapter: str
+    stack: int
     out_features: int
     in_features: int
     rank: int
@@ -37,9 +44,15 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """What :func:`summary` found; a table when printed."""
+    """What :func:`summary` found; a table when printed.
+
+    ``adapters`` are the names of all, the active one first. ``left_out`` has the layers that could
+    be adapted and are not, with the reason.
+    """
 
     layers: tuple[LayerSummary, ...]
+    adapters: tuple[str, ...]
+    left_out: dict[str, str]
     banks: tuple[BasisBank, ...]
     bank_bytes: int
     trained: int
@@ -51,23 +64,32 @@ class Summary:
         return 100 * self.trained / self.total
 
     def __str__(self) -> str:
+        planned = any(layer.plan is not None for layer in self.layers)
         rows = [
             (
-                layer.name or "(model)",
-                f"{layer.out_features} x {layer.in_features}",
+                layer.name,
+                f"{layer.stack} x " * bool(layer.stack)
+                + f"{layer.out_features} x {layer.in_features}",
                 str(layer.rank) + f" (of {layer.asked_rank})" * (layer.rank < layer.asked_rank),
                 str(layer.num_bases),
                 f"{layer.scaling:g}",
                 f"{layer.trained:,}",
-                *([] if layer.plan is None else [_describe(layer.plan)]),
+                *([_describe(layer.plan)] if planned else []),
             )
             for layer in self.layers
         ]
         header = ("layer", "out x in", "rank", "bases", "scaling", "trained", "plan")
-        table = _table(header[: len(rows[0])], rows)
+        lines = [_table(header if planned else header[:-1], rows)]
+        heads = {name: why for name, why in self.left_out.items() if why.startswith("output head")}
+        lines += [f"left out: {name} ({why})" for name, why in heads.items()]
+        if others := len(self.left_out) - len(heads):
+            lines.append(f"left out: {others} more that could be adapted")
+        if len(self.adapters) > 1:
+            active, *rest = self.adapters
+            lines.append(f"adapter {active!r}; not active: {', '.join(map(repr, rest))}")
         banks = ", ".join(map(repr, self.banks))
-        return (
-            f"{table}\n{banks}: {self.bank_bytes / 2**20:.2f} MiB for {len(self.layers)} layers\n"
+        return "\n".join(lines) + (
+            f"\n{banks}: {self.bank_bytes / 2**20:.2f} MiB for {len(self.layers)} layers\n"
             f"trained {self.trained:,} of {self.total:,} parameters ({self.percentage:.2f} %)"
         )
 
@@ -108,7 +130,7 @@ class RankReport:
     def __str__(self) -> str:
         rows = [
             (
-                layer.name or "(model)",
+                layer.name,
                 f"{layer.rank} of {layer.full_rank}",
                 f"{layer.stable_rank:.1f}",
                 f"{layer.effective_rank:.1f}",
@@ -138,23 +160,29 @@ def summary(model: nn.Module, tokens: int | None = None) -> Summary:
     Raises:
         ValueError: if no layer of ``model`` is adapted.
     """
-    layers = adapted_layers(model)
-    banks = {id(layer.bank): layer.bank for layer in layers.values()}
+    found = _active(model)
+    states = [module._randlora for module in adapted_modules(model).values()]
+    banks = {id(other.bank): other.bank for state in states for other in state.all()}
+    names = [states[0].active, *(name for state in states for name in state.adapters)]
     return Summary(
         layers=tuple(
             LayerSummary(
                 name=name,
-                out_features=layer.out_features,
-                in_features=layer.in_features,
-                rank=layer.rank,
-                asked_rank=layer.asked_rank,
-                num_bases=layer.num_bases,
-                scaling=layer.scaling,
-                trained=layer.randlora_lambda.numel() + layer.randlora_gamma.numel(),
-                plan=None if tokens is None else layer.plan(tokens),
+                adapter=states[0].active,
+                stack=adapter.site.stack,
+                out_features=adapter.site.out,
+                in_features=adapter.site.in_,
+                rank=adapter.settings.rank,
+                asked_rank=adapter.settings.asked_rank,
+                num_bases=adapter.settings.num_bases,
+                scaling=adapter.settings.scaling,
+                trained=adapter.trained,
+                plan=None if tokens is None else _plan(module, tokens),
             )
-            for name, layer in layers.items()
+            for name, module, adapter in found
         ),
+        adapters=tuple(dict.fromkeys(names)),
+        left_out=left_out(model),
         banks=tuple(banks.values()),
         bank_bytes=sum(bank.nbytes for bank in banks.values()),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -176,22 +204,42 @@ def rank_report(model: nn.Module) -> RankReport:
         ValueError: if no layer of ``model`` is adapted.
     """
     return RankReport(
-        tuple(_layer_rank(name, layer) for name, layer in adapted_layers(model).items())
+        tuple(
+            _layer_rank(name + f"[{index}]" * bool(adapter.site.stack), module, adapter, index)
+            for name, module, adapter in _active(model)
+            for index in range(adapter.site.stack or 1)
+        )
     )
 
 
+def _active(model: nn.Module) -> list[tuple[str, Any, Adapter]]:
+    """The active updates, with the names of their weights and their modules."""
+    return [
+        (weight_name(name, parameter), module, adapter)
+        for name, module in adapted_modules(model).items()
+        for parameter, adapter in module._randlora.current.items()
+    ]
+
+
+def _plan(module: nn.Module, tokens: int) -> Plan | None:
+    return module.plan(tokens) if isinstance(module, RandLoRALinear) else None
+
+
 @torch.no_grad()
-def _layer_rank(name: str, layer: RandLoRALinear) -> LayerRank:
-    (r, p), (q, m) = layer._sizes
-    certified = layer.bank.is_isometry(q, m)
+def _layer_rank(name: str, module: nn.Module, adapter: Adapter, index: int) -> LayerRank:
+    r, p, q, m = adapter.sizes
+    certified = adapter.bank.is_isometry(q, m) and adapter.site.kept is None
     if certified:
-        lam, gamma = layer.randlora_lambda.double(), layer.randlora_gamma.double()
-        a = layer.bank.a(r, p).to(lam)
+        lam, gamma = (t.double() for t in adapter.parameters(module))
+        if adapter.site.stack:
+            lam, gamma = lam[index], gamma[index]
+        a = adapter.bank.a(r, p).to(lam)
         c = torch.einsum("jk,kc,jc->jkc", lam, a, gamma).flatten(0, 1)
-        sigma = layer.scaling * math.sqrt(q) * torch.linalg.svdvals(c)
+        sigma = adapter.settings.scaling * math.sqrt(q) * torch.linalg.svdvals(c)
         sigma = torch.cat([sigma, sigma.new_zeros(p - len(sigma))])
     else:
-        sigma = torch.linalg.svdvals(layer.delta_weight(torch.float64))
+        update = delta(module, adapter, torch.float64)
+        sigma = torch.linalg.svdvals(update[index] if adapter.site.stack else update)
     if sigma[0] == 0:
         return LayerRank(name, p, 0, 0.0, 0.0, 0.0, certified, sigma)
     tolerance = q * torch.finfo(sigma.dtype).eps * sigma[0]
@@ -208,7 +256,9 @@ def _layer_rank(name: str, layer: RandLoRALinear) -> LayerRank:
     )
 
 
-def _describe(plan: Plan) -> str:
+def _describe(plan: Plan | None) -> str:
+    if plan is None:
+        return "weight, whenever it is read"
     ways = " ".join((plan.forward, plan.grad_input, plan.grad_parameters))
     return f"{ways}, keeps {plan.keeps}{' and weight' * plan.keep_weight}"
 

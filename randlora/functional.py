@@ -40,16 +40,23 @@ def delta_weight(
 
 
 def effective_weight(
-    weight: Tensor, lam: Tensor, gamma: Tensor, a: Tensor, b: Operator, *, scaling: float = 1.0
+    weight: Tensor,
+    lam: Tensor,
+    gamma: Tensor,
+    a: Tensor,
+    b: Operator,
+    *,
+    scaling: float = 1.0,
+    wide: bool | None = None,
 ) -> Tensor:
     """Return ``W0 + ΔW``, shape ``(out, in)``, differentiable in ``W0``, ``Λ`` and ``Γ``.
 
-    Arguments and errors are those of :func:`randlora_linear`. In low precision the sum is rounded
-    once.
+    Arguments and errors are those of :func:`randlora_linear`; ``wide``, by default whether ``out <
+    in``, is whether ``ΔW`` is ``(B C)ᵀ``. In low precision the sum is rounded once.
     """
     _check_shapes(lam, gamma, a, b)
     _check_weight(weight, gamma, b)
-    wide = weight.shape[0] < weight.shape[1]
+    wide = weight.shape[0] < weight.shape[1] if wide is None else wide
     w: Tensor = EffectiveWeight.apply(weight, lam, gamma, a, b, scaling, wide)  # type: ignore[no-untyped-call]
     return w
 

@@ -8,24 +8,39 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, TypeAlias, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeGuard, TypeVar
 
+import torch
 from torch import nn
 
 from randlora._checks import as_positive_int, as_scaling
+from randlora.adapters import (
+    DEFAULT,
+    Adapted,
+    Adapter,
+    Settings,
+    Site,
+    adapted_class,
+    adapted_modules,
+    check_adapter_name,
+    install,
+    weight_name,
+)
 from randlora.bases import KINDS, BasisBank
-from randlora.layers import Adaptation, RandLoRALinear, Settings, unsupported
+from randlora.handlers import handler_of, parameter_site, sites_of
 
-__all__ = ["SAVED", "adapter_parameters", "inject"]
+__all__ = ["SAVED", "adapter_parameters", "inject", "left_out", "train"]
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 Pattern: TypeAlias = str | re.Pattern[str]
 Target: TypeAlias = Pattern | Iterable[Pattern] | Predicate
-_Names: TypeAlias = dict[nn.Module, list[str]]
+_Parameter: TypeAlias = tuple[nn.Module, str]
+_Names: TypeAlias = Mapping[Any, list[str]]  # of modules, or of parameters
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
 _HEADS = {"classifier", "embed_out", "fc", "head", "heads", "lm_head", "logits", "score"}
+_OURS = "randlora_lambda", "randlora_gamma"
 SAVED = "randlora_saved"  # set on the modules that `modules_to_save` named
 
 
@@ -35,14 +50,16 @@ def inject(
     *,
     target_modules: Target | None = None,
     exclude_modules: Target | None = None,
+    target_parameters: Pattern | Iterable[Pattern] | None = None,
     basis: str | BasisBank = "dense",
     alpha: float | None = None,
     dropout: float = 0.0,
     num_bases: int | None = None,
     seed: int = 0,
     modules_to_save: Target | None = None,
+    adapter: str = DEFAULT,
 ) -> ModelT:
-    """Adapt the linear layers of ``model`` in place with RandLoRA, freeze the rest and return it.
+    """Adapt the layers of ``model`` in place with RandLoRA, freeze the rest and return it.
 
     At once after the call the output of the model is bit for bit what it was, and all names in its
     ``state_dict`` are what they were, beside the new ``randlora_lambda`` and ``randlora_gamma``.
@@ -59,11 +76,15 @@ def inject(
         rank: ``r``, the rank of one basis; or a mapping from patterns to ranks, of which the first
             that matches a layer counts. A layer with a smaller ``p = min(out, in)`` gets ``p``.
         target_modules: which layers to adapt: patterns, or a predicate ``(name, module) -> bool``
-            that is asked about each supported layer. By default every supported layer but the
+            that is asked about each supported layer but embeddings, which are adapted only where a
+            pattern matches themselves. By default every supported layer but embeddings and the
             output head: what ``model.get_output_embeddings()`` returns, what shares its weight with
             an embedding, and the last layer where it goes by a usual name (``head``, ``lm_head``,
             ``classifier``, ``fc``, ``score``, …).
         exclude_modules: which of these to leave out, in the same form.
+        target_parameters: patterns for further parameters, by their own dotted names, that a
+            module holds and uses by itself: matrices ``out × in``, or stacks of them such as the
+            ``experts × out × in`` of a mixture of experts.
         basis: the kind of the bases, or a :class:`BasisBank` of your own. A ``very_sparse`` bank
             that is made here has ``s = √q`` of the largest layer that could be a default target, so
             that it does not depend on what is adapted.
@@ -73,6 +94,9 @@ def inject(
         num_bases: ``n``, by default ``ceil(p / r)`` for full rank; lowered to that where larger.
         seed: of the bases; goes with a ``basis`` that is a kind.
         modules_to_save: which modules to train in full, in the same form; these are not adapted.
+        adapter: a name for what is added. A model may have several adapters, of which one is
+            active: the first, until :func:`set_adapter` says otherwise. A bank of the same recipe
+            that the model has already is used again.
 
     Returns:
         ``model``.
@@ -81,7 +105,7 @@ def inject(
         TypeError: if an argument is of the wrong type, or a name matches a module that is not
             supported.
         ValueError: if a value is out of range, a pattern matches nothing, no layer is left to
-            adapt, a layer is on the meta device, or the model is adapted already.
+            adapt, a layer is on the meta device, or the model has an adapter of this name already.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
@@ -91,14 +115,20 @@ def inject(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_adapter_name(adapter)
     names = _names(model)
+    active, banks = adapter, []
     for module, aliases in names.items():
-        if isinstance(module, RandLoRALinear):
-            raise ValueError(
-                f"model must be plain, but its layer {aliases[0]!r} is adapted already"
-            )
+        if isinstance(module, Adapted):
+            if adapter in module._randlora.adapters:
+                raise ValueError(
+                    f"model must not be adapted under the name {adapter!r} yet, but its layer "
+                    f"{aliases[0]!r} is; to add an adapter, give it another name"
+                )
+            active = module._randlora.active
+            banks += [other.bank for other in module._randlora.all()]
 
-    supported = [m for m in names if isinstance(m, nn.Linear) and unsupported(m) is None]
+    supported = _supported(names)
     heads = _output_heads(model, names, supported)
     saved = _covered("modules_to_save", modules_to_save, names)
     for module in saved:
@@ -111,80 +141,153 @@ def inject(
                     f"{what}"
                 )
     targets = _targets(names, supported, heads, target_modules, exclude_modules, saved)
+    targets += _further(names, targets, target_parameters, exclude_modules, saved)
+    _check_targets(names, supported, heads, targets)
     settings = _settings(names, targets, rank, alpha, dropout, num_bases)
-    bank = _bank(basis, seed, [m for m in supported if m not in heads] or targets)
+    usual = [site for m, sites in supported.items() if m not in heads for site in sites]
+    bank = _bank(basis, seed, usual or [target.site for target in targets], banks)
 
-    adaptations = [Adaptation(layer, settings[layer], bank) for layer in targets]
-    for adaptation in adaptations:  # all have reserved their sizes
-        adaptation.draw_bases()
+    made: dict[nn.Module, dict[Adapter, tuple[nn.Parameter, nn.Parameter]]] = {}
+    for target in targets:
+        update = Adapter(adapter, target.site, settings[target], bank)
+        for name in update.names:
+            if hasattr(target.module, name):
+                raise TypeError(
+                    f"{names[target.module][0]!r} has an attribute {name!r}, which adapter "
+                    f"{adapter!r} would need"
+                )
+        bank.reserve(*update.sizes)
+        parameters = update.make_parameters(_device(target.module))
+        made.setdefault(target.module, {})[update] = parameters
+    classes = {module: _class(module, updates) for module, updates in made.items()}
+    for module, updates in made.items():  # all have reserved their sizes
+        for update in updates:
+            update.draw_bases(module)
 
     # All that can fail is done.
     model.requires_grad_(False)
-    for adaptation in adaptations:
-        adaptation.apply()
+    for module, updates in made.items():
+        install(module, adapter, updates)
+        module._randlora.active = active  # type: ignore[union-attr]
+        module.__class__ = classes[module]
     for module in saved:
-        module.requires_grad_(True)
         setattr(module, SAVED, True)
+    train(model)
     return model
 
 
+def train(model: nn.Module) -> None:
+    """Have what is to be trained, and no other adapter, require gradients."""
+    for module in adapted_modules(model).values():
+        state = module._randlora
+        for name, adapters in state.adapters.items():
+            for adapter in adapters.values():
+                for parameter in adapter.parameters(module):
+                    parameter.requires_grad_(name == state.active)
+    for module in model.modules():
+        if getattr(module, SAVED, False):
+            module.requires_grad_(True)
+
+
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What is trained: ``Λ`` and ``Γ`` of each adapted layer, then the ``modules_to_save``.
+    """What is trained: ``Λ`` and ``Γ`` of the active adapter, then the ``modules_to_save``.
 
     Each parameter comes once, in the order of ``model.modules()``; for the optimiser.
 
     Raises:
         ValueError: if no layer of ``model`` is adapted.
     """
-    adapters: dict[nn.Parameter, None] = {}
-    saved: dict[nn.Parameter, None] = {}
+    trained: dict[nn.Parameter, None] = {}
+    for module in adapted_modules(model).values():
+        for adapter in module._randlora.current.values():
+            trained |= dict.fromkeys(adapter.parameters(module))
     for module in model.modules():
-        if isinstance(module, RandLoRALinear):
-            adapters |= dict.fromkeys((module.randlora_lambda, module.randlora_gamma))
         if getattr(module, SAVED, False):
-            saved |= dict.fromkeys(module.parameters())
-    if not adapters:
-        raise ValueError("model must be adapted, but it has no RandLoRALinear; see randlora.inject")
-    return list(adapters | saved)
+            trained |= dict.fromkeys(module.parameters())
+    return list(trained)
+
+
+def left_out(model: nn.Module) -> dict[str, str]:
+    """The layers that could be adapted and are not, and why, by name."""
+    names = _names(model)
+    supported = _supported(names)
+    heads = _output_heads(model, names, supported)
+    return {
+        names[module][0]: heads.get(module, "not a target")
+        for module in supported
+        if not isinstance(module, Adapted) and not getattr(module, SAVED, False)
+    }
 
 
 # --- collecting: nothing below changes a model ---------------------------------------------------
 
 
-def _names(model: nn.Module) -> _Names:
+class _Target(NamedTuple):
+    module: nn.Module
+    site: Site
+
+
+def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Each module once, with every dotted name it can be reached by."""
-    names: _Names = {}
+    names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     return names
 
 
-def _output_heads(model: nn.Module, names: _Names, supported: list[nn.Linear]) -> set[nn.Module]:
-    """The layers that map to the outputs: as the model says, by a tied weight, or by their name."""
-    heads: set[nn.Module] = set()
+def _parameter_names(names: _Names) -> dict[_Parameter, list[str]]:
+    """Each parameter by its module and its name there, with every dotted name."""
+    return {
+        (module, name): [f"{alias}.{name}" if alias else name for alias in aliases]
+        for module, aliases in names.items()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and not name.endswith(_OURS)
+    }
+
+
+def _supported(names: _Names) -> dict[nn.Module, list[Site]]:
+    """The modules that are adapted unless something is said against it, with their weights."""
+    supported = {}
+    for module in names:
+        handler, sites = handler_of(module), sites_of(module)
+        if isinstance(sites, list) and not isinstance(handler, str) and handler.default:
+            supported[module] = sites
+    return supported
+
+
+def _output_heads(
+    model: nn.Module, names: _Names, supported: Mapping[nn.Module, Any]
+) -> dict[nn.Module, str]:
+    """The layers that map to the outputs, and what says so: the model, a tied weight, a name."""
+    heads: dict[nn.Module, str] = {}
+    if supported:
+        last = list(supported)[-1]
+        parts = [name.split(".") for name in names[last]]
+        if called := _HEADS & {end for part in parts for end in (part[0], part[-1])}:
+            heads[last] = f"output head: the last layer, called {min(called)!r}"
+    embeddings = {id(m._parameters["weight"]) for m in names if isinstance(m, nn.Embedding)}
+    for module in supported:
+        if id(module._parameters.get("weight")) in embeddings:
+            heads[module] = "output head: its weight is an embedding's too"
     ask = getattr(model, "get_output_embeddings", None)
     if callable(ask):
         with suppress(AttributeError, NotImplementedError):  # a transformers model without a head
-            heads.add(ask())
-    embeddings = {id(m.weight) for m in names if isinstance(m, nn.Embedding)}
-    heads.update(layer for layer in supported if id(layer.weight) in embeddings)
-    if supported:
-        parts = [name.split(".") for name in names[supported[-1]]]
-        if _HEADS & {end for part in parts for end in (part[0], part[-1])}:
-            heads.add(supported[-1])
-    return heads & set(supported)
+            if (head := ask()) in supported:
+                heads[head] = "output head: the model says so"
+    return heads
 
 
 def _targets(
     names: _Names,
-    supported: list[nn.Linear],
-    heads: set[nn.Module],
+    supported: Mapping[nn.Module, list[Site]],
+    heads: Mapping[nn.Module, str],
     target: Target | None,
     exclude: Target | None,
     saved: set[nn.Module],
-) -> list[nn.Linear]:
-    """The layers to adapt, in the order of the model."""
+) -> list[_Target]:
+    """The weights to adapt, in the order of the model."""
     chosen: set[nn.Module]
+    sites = dict(supported)
     if target is None:
         chosen = {m for m in supported if m not in heads}
     elif _is_predicate(target):
@@ -193,37 +296,88 @@ def _targets(
         hits = _hits("target_modules", target, names)
         for pattern, modules in hits.items():
             _refuse_unsupported(pattern, modules, names)
-        chosen = _beneath(set().union(*hits.values())) & set(supported)
+        named = set().union(*hits.values())
+        for module in named - set(supported):  # embeddings, where they are meant themselves
+            if isinstance(found := sites_of(module), list):
+                sites[module] = found
+        chosen = _beneath(named) & set(sites)
     chosen -= _covered("exclude_modules", exclude, names) | saved
-    targets = [m for m in supported if m in chosen]
+    return [_Target(m, site) for m in names if m in chosen for site in sites[m]]
+
+
+def _further(
+    names: _Names,
+    targets: list[_Target],
+    patterns: Pattern | Iterable[Pattern] | None,
+    exclude: Target | None,
+    saved: set[nn.Module],
+) -> list[_Target]:
+    """The parameters to adapt that ``target_parameters`` names."""
+    further: dict[_Target, None] = {}
+    if patterns is None:
+        return []
+    out = _covered("exclude_modules", exclude, names) | saved
+    known = _parameter_names(names)
+    for pattern, parameters in _hits("target_parameters", patterns, known).items():
+        for module, name in parameters:
+            site = parameter_site(module, name)
+            if isinstance(site, str):
+                raise TypeError(
+                    f"target_parameters={pattern!r} matches {known[module, name][0]!r}, but {site}"
+                )
+            if module not in out and _Target(module, site) not in targets:
+                further[_Target(module, site)] = None
+    return list(further)
+
+
+def _check_targets(
+    names: _Names,
+    supported: Mapping[nn.Module, Any],
+    heads: Mapping[nn.Module, str],
+    targets: list[_Target],
+) -> None:
     if not targets:
         known = ", ".join(repr(names[m][0]) + " (output head)" * (m in heads) for m in supported)
         raise ValueError(
             "target_modules, less exclude_modules and modules_to_save, must leave a layer to "
             f"adapt, but leave none; layers of the model that can be adapted: {known or 'none'}"
         )
-    for layer in targets:
-        if layer.weight.is_meta:
+    for module, site in targets:
+        weight = module._parameters.get(site.parameter)
+        if weight is not None and weight.is_meta:
             raise ValueError(
-                f"model must have real weights, but {names[layer][0]!r} is on the meta device; "
+                f"model must have real weights, but {names[module][0]!r} is on the meta device; "
                 "materialise the model first"
             )
-    return targets
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where a module is: where its first tensor is that says so."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def _class(module: nn.Module, updates: Iterable[Adapter]) -> Any:
+    """What the module's class becomes."""
+    names = frozenset(update.site.parameter for update in updates if not update.site.opaque)
+    handler = handler_of(module)
+    mixin = Adapted if isinstance(handler, str) else handler.mixin
+    return adapted_class(type(module), mixin, names)
 
 
 def _settings(
     names: _Names,
-    targets: list[nn.Linear],
+    targets: list[_Target],
     rank: int | Mapping[Pattern, int],
     alpha: float | None,
     dropout: float,
     num_bases: int | None,
-) -> dict[nn.Linear, Settings]:
-    """What each layer becomes; a rank or number of bases too large for some layers is lowered."""
+) -> dict[_Target, Settings]:
+    """What each weight gets; a rank or number of bases too large for some of them is lowered."""
     ranks = _ranks(names, targets, rank)
-    sizes = {layer: min(layer.in_features, layer.out_features) for layer in targets}
     for asked in set(ranks.values()):
-        largest = max(p for layer, p in sizes.items() if ranks[layer] == asked)
+        largest = max(target.site.p for target in targets if ranks[target] == asked)
         if asked > largest:
             raise ValueError(
                 "rank must be at most the largest min(in_features, out_features) of the layers it "
@@ -232,12 +386,13 @@ def _settings(
     num_bases = None if num_bases is None else as_positive_int("num_bases", num_bases)
 
     settings = {}
-    for layer, p in sizes.items():
-        asked, r = ranks[layer], min(ranks[layer], p)
+    for target, asked in ranks.items():
+        p = target.site.p
+        r = min(asked, p)
         n = None if num_bases is None else min(num_bases, -(-p // r))
-        fitting = Settings.of(layer, rank=r, dropout=dropout, num_bases=n)
+        fitting = Settings.of(target.site, rank=r, dropout=dropout, num_bases=n)
         scaling = 1.0 if alpha is None else as_scaling(alpha, asked)
-        settings[layer] = replace(fitting, scaling=scaling, asked_rank=asked)
+        settings[target] = replace(fitting, scaling=scaling, asked_rank=asked)
     if num_bases is not None and all(s.num_bases < num_bases for s in settings.values()):
         largest = max(s.num_bases for s in settings.values())
         raise ValueError(
@@ -248,30 +403,38 @@ def _settings(
 
 
 def _ranks(
-    names: _Names, targets: list[nn.Linear], rank: int | Mapping[Pattern, int]
-) -> dict[nn.Linear, int]:
+    names: _Names, targets: list[_Target], rank: int | Mapping[Pattern, int]
+) -> dict[_Target, int]:
     if not isinstance(rank, Mapping):
         return dict.fromkeys(targets, as_positive_int("rank", rank))
     table = {
         pattern: as_positive_int(f"rank[{pattern!r}]", value) for pattern, value in rank.items()
     }
-    covered = {pattern: _beneath(hits) for pattern, hits in _hits("rank", table, names).items()}
-    for pattern, modules in covered.items():
-        if modules.isdisjoint(targets):
+    hits = _hits("rank", table, {**names, **_parameter_names(names)})
+    covered = {}
+    for pattern, found in hits.items():
+        modules = _beneath(m for m in found if isinstance(m, nn.Module))
+        covered[pattern] = {
+            t for t in targets if t.module in modules or (t.module, t.site.parameter) in found
+        }
+        if not covered[pattern]:
             raise ValueError(f"rank has a pattern, {pattern!r}, for no layer that is adapted")
     ranks = {}
-    for layer in targets:
-        matching = [pattern for pattern, modules in covered.items() if layer in modules]
+    for target in targets:
+        matching = [pattern for pattern, found in covered.items() if target in found]
         if not matching:
+            name = weight_name(names[target.module][0], target.site.parameter)
             raise ValueError(
-                f"rank must have a pattern for every layer to adapt, but {names[layer][0]!r} "
+                f"rank must have a pattern for every layer to adapt, but {name!r} "
                 f"matches none of {', '.join(map(repr, table))}"
             )
-        ranks[layer] = table[matching[0]]
+        ranks[target] = table[matching[0]]
     return ranks
 
 
-def _bank(basis: str | BasisBank, seed: int, layers: list[nn.Linear]) -> BasisBank:
+def _bank(
+    basis: str | BasisBank, seed: int, sites: list[Site], known: list[BasisBank]
+) -> BasisBank:
     if isinstance(basis, BasisBank):
         if seed not in (0, basis.seed):
             raise ValueError(f"seed must be that of the bank given as basis, {basis!r}, got {seed}")
@@ -282,9 +445,10 @@ def _bank(basis: str | BasisBank, seed: int, layers: list[nn.Linear]) -> BasisBa
         raise ValueError(f"basis must be a BasisBank or one of {', '.join(KINDS)}, got {basis!r}")
     sparsity = None
     if basis == "very_sparse":
-        q = max(max(layer.in_features, layer.out_features) for layer in layers)
-        sparsity = max(2.0, math.sqrt(q))
-    return BasisBank(basis, seed=seed, sparsity=sparsity)
+        sparsity = max(2.0, math.sqrt(max(site.q for site in sites)))
+    bank = BasisBank(basis, seed=seed, sparsity=sparsity)
+    recipe = bank.kind, bank.seed, bank.sparsity
+    return next((b for b in known if (b.kind, b.seed, b.sparsity) == recipe), bank)
 
 
 # --- patterns ------------------------------------------------------------------------------------
@@ -309,7 +473,7 @@ def _beneath(modules: Iterable[nn.Module]) -> set[nn.Module]:
     return {inner for module in modules for inner in module.modules()}
 
 
-def _hits(argument: str, target: Any, names: _Names) -> dict[Pattern, set[nn.Module]]:
+def _hits(argument: str, target: Any, names: Mapping[Any, list[str]]) -> dict[Pattern, set[Any]]:
     """What each pattern matches; a pattern that matches nothing is an error."""
     if isinstance(target, str | re.Pattern):
         target = [target]
@@ -318,7 +482,7 @@ def _hits(argument: str, target: Any, names: _Names) -> dict[Pattern, set[nn.Mod
             f"{argument} must be a name, a regular expression, a list of these or a predicate, got "
             f"{target!r} of type {type(target).__name__}"
         )
-    hits: dict[Pattern, set[nn.Module]] = {}
+    hits: dict[Pattern, set[Any]] = {}
     for pattern in target:
         fits = _compile(argument, pattern).fullmatch
         hits[pattern] = {m for m, aliases in names.items() if any(map(fits, aliases))}
@@ -329,7 +493,8 @@ def _hits(argument: str, target: Any, names: _Names) -> dict[Pattern, set[nn.Mod
             known = sorted({*full, *(name.split(".")[-1] for name in full)})
             close = difflib.get_close_matches(str(pattern), known)
             hint = f"; close to it: {', '.join(map(repr, close))}" if close else ""
-            raise ValueError(f"{argument}={pattern!r} matches no module of the model{hint}")
+            what = "parameter" if argument == "target_parameters" else "module"
+            raise ValueError(f"{argument}={pattern!r} matches no {what} of the model{hint}")
     return hits
 
 
@@ -361,16 +526,16 @@ def _refuse_unsupported(pattern: Pattern, hits: set[nn.Module], names: _Names) -
     """
 
     def empty(modules: Iterable[nn.Module]) -> bool:
-        return all(unsupported(m) is not None for m in _beneath(modules))
+        return all(isinstance(sites_of(m), str) for m in _beneath(modules))
 
     nothing = empty(hits)
     by_name = isinstance(pattern, str) and _NAME.fullmatch(pattern)
     for module in names:
-        reason = unsupported(module) if module in hits else None
+        reason = sites_of(module) if module in hits else None
         layer = any(True for _ in module.parameters(recurse=False)) and (
             empty([module]) or type(module).__module__.startswith("torch.")
         )
-        if reason is not None and (nothing or (by_name and layer)):
+        if isinstance(reason, str) and (nothing or (by_name and layer)):
             raise TypeError(
                 f"target_modules={pattern!r} matches {names[module][0]!r}, but {reason}"
             )

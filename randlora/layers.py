@@ -3,44 +3,36 @@
 from __future__ import annotations
 
 import copy
-import math
 import weakref
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora._checks import as_positive_int, as_real, as_scaling
-from randlora.bases import BasisBank, Store, refuse_to_draw_while_compiling
-from randlora.functional import (
-    check_input,
-    delta_weight,
-    effective_weight,
-    randlora_linear,
-    work_of,
+from randlora._checks import as_positive_int
+from randlora.adapters import (
+    DEFAULT,
+    Adapted,
+    Adapter,
+    Settings,
+    Site,
+    adapted_class,
+    delta,
+    effective,
+    install,
+    unsupported,
 )
+from randlora.bases import BasisBank
+from randlora.functional import check_input, randlora_linear, work_of
 from randlora.kernel import autocast_dtype
-from randlora.operators import DenseOperator, Operator
+from randlora.operators import Operator
 from randlora.planning import AUTOMATIC, Choice, Plan, choose
 
-__all__ = [
-    "Adaptation",
-    "RandLoRALinear",
-    "Settings",
-    "adapted_layers",
-    "plain_class",
-    "remove",
-    "unsupported",
-]
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_PARAMETERS = ("randlora_lambda", "randlora_gamma")
-_STATE = ("rank", "num_bases", "scaling", "dropout", "asked_rank", "bank", "_stores", "_folded")
+__all__ = ["RandLoRALinear", "linear_site", "taken"]
 
 
-class RandLoRALinear(nn.Linear):
+class RandLoRALinear(Adapted, nn.Linear):
     r"""A linear map with a frozen weight and a trained update of full rank.
 
     .. math:: y = x\,(W_0 + \Delta W)^\top + b, \qquad
@@ -63,8 +55,8 @@ class RandLoRALinear(nn.Linear):
     for all. ``Choice(keep_weight=None)`` trades memory for speed: it lets the planner keep ``W0 +
     ΔW`` from forward to backward where forming it again would cost time.
 
-    While :attr:`merged` the layer computes with one weight, formed once; while not :attr:`enabled`,
-    with the frozen one. :func:`randlora.merge` and :func:`randlora.disabled` set them for a model.
+    While :attr:`merged` the layer computes with one weight, formed once, see
+    :func:`randlora.merge`.
 
     :attr:`weight` is the effective weight, so code that reads it instead of calling the module (as
     attention layers do) sees the update. :attr:`base_weight` is the frozen one, which keeps the
@@ -98,21 +90,11 @@ class RandLoRALinear(nn.Linear):
         128
     """
 
-    base_class: ClassVar[type[nn.Linear]] = nn.Linear
+    base_class = nn.Linear
     choice: Choice = AUTOMATIC
-    enabled: bool = True
-    merged: bool = False
 
     randlora_lambda: nn.Parameter
     randlora_gamma: nn.Parameter
-    rank: int
-    num_bases: int
-    scaling: float
-    dropout: float
-    asked_rank: int
-    bank: BasisBank
-    _stores: dict[tuple[torch.device, torch.dtype], Store]
-    _folded: tuple[list[tuple[int, int]], Tensor] | None
 
     def __init__(
         self,
@@ -129,9 +111,9 @@ class RandLoRALinear(nn.Linear):
         num_bases: int | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        settings = Settings.of(self, rank=rank, alpha=alpha, dropout=dropout, num_bases=num_bases)
-        Adaptation(self, settings, _check_bank(bank)).apply()
-        self.draw_bases()
+        site = linear_site(self)
+        settings = Settings.of(site, rank=rank, alpha=alpha, dropout=dropout, num_bases=num_bases)
+        self._adapt(Adapter(DEFAULT, site, settings, _check_bank(bank)))
 
     @classmethod
     def from_linear(
@@ -152,21 +134,33 @@ class RandLoRALinear(nn.Linear):
         Args and errors are those of the class; ``linear`` must be an ``nn.Linear`` with a floating
         weight that is not adapted already, else ``TypeError``.
         """
-        if (reason := unsupported(linear)) is not None:
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        if isinstance(linear, Adapted):
+            raise TypeError(f"linear cannot be adapted: {type(linear).__name__} is adapted already")
+        site = linear_site(linear)
+        if (reason := unsupported(linear, site) or taken(linear)) is not None:
             raise TypeError(f"linear cannot be adapted: {reason}")
         if "forward" in vars(linear):
             raise TypeError("linear cannot be adapted in a copy: its forward is bound to it")
-        settings = Settings.of(linear, rank=rank, alpha=alpha, dropout=dropout, num_bases=num_bases)
+        settings = Settings.of(site, rank=rank, alpha=alpha, dropout=dropout, num_bases=num_bases)
         bank = _check_bank(bank)
-        copied = copy.copy(linear)
+        copied: Any = copy.copy(linear)
         for name, value in vars(linear).items():
             # The registries of parameters, buffers, hooks: shared contents, containers of our own.
             if isinstance(value, dict | set):
                 object.__setattr__(copied, name, value.copy())
         vars(copied).pop("_compiled_call_impl", None)  # it would go on calling the original
-        layer = Adaptation(copied, settings, bank).apply()
-        layer.draw_bases()
-        return layer
+        copied.__class__ = adapted_class(type(linear), cls, frozenset(["weight"]))
+        copied._adapt(Adapter(DEFAULT, site, settings, bank))
+        return copied  # type: ignore[no-any-return]
+
+    def _adapt(self, adapter: Adapter) -> None:
+        adapter.bank.reserve(*adapter.sizes)
+        made = adapter.make_parameters(self.base_weight.device)
+        self.requires_grad_(False)
+        install(self, DEFAULT, {adapter: made})
+        adapter.draw_bases(self)
 
     @property
     def base_weight(self) -> nn.Parameter:
@@ -179,18 +173,52 @@ class RandLoRALinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The effective weight ``W0 + ΔW``, ``(out, in)``, differentiable in ``Λ`` and ``Γ``."""
-        base = self.base_weight
-        if "randlora_gamma" not in self._parameters or not self.enabled:
-            return base  # nn.Linear.__init__ is still at work, or the update is to be left out
-        try:
-            if self.merged:
-                return self._merged_weight()
-            a, b = self.operands(base.dtype)
-            lam, gamma = self.randlora_lambda, self.randlora_gamma
-            return effective_weight(base, lam, gamma, a, b, scaling=self.scaling)
-        except AttributeError as error:
-            # Python would go on to Module.__getattr__, which has a "weight": the base one.
-            raise RuntimeError(f"the effective weight could not be computed: {error}") from error
+        return effective(self, "weight")
+
+    @property
+    def adapter(self) -> Adapter:
+        """The active update.
+
+        Raises:
+            RuntimeError: if the active adapter of the model leaves this layer alone.
+        """
+        state = self._randlora
+        if "weight" not in state.current:
+            raise RuntimeError(
+                f"the active adapter, {state.active!r}, has no update for this layer; "
+                f"it has those of {', '.join(map(repr, state.adapters))}"
+            )
+        return state.current["weight"]
+
+    @property
+    def rank(self) -> int:
+        """``r``, the rank of one basis."""
+        return self.adapter.settings.rank
+
+    @property
+    def num_bases(self) -> int:
+        """``n``: the rank of ``ΔW`` is at most ``n r``."""
+        return self.adapter.settings.num_bases
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the update, ``alpha / rank``."""
+        return self.adapter.settings.scaling
+
+    @property
+    def dropout(self) -> float:
+        """The probability of zeroing an input of the update while training."""
+        return self.adapter.settings.dropout
+
+    @property
+    def bank(self) -> BasisBank:
+        """The bank with the bases of the update."""
+        return self.adapter.bank
+
+    @property
+    def merged(self) -> bool:
+        """Whether the layer computes with one weight, see :func:`randlora.merge`."""
+        return self._randlora.merged
 
     def delta_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The update ``ΔW``, shape ``(out, in)``, differentiable in ``Λ`` and ``Γ``.
@@ -198,14 +226,7 @@ class RandLoRALinear(nn.Linear):
         It is computed in the dtype of the weight, or in ``dtype`` if given: a rank is to be judged
         in float64.
         """
-        weight, lam, gamma = self.base_weight, self.randlora_lambda, self.randlora_gamma
-        if dtype is None or dtype == weight.dtype:
-            a, b = self.operands(weight.dtype)
-        else:  # to read, not to train with: the bank need not keep it
-            (r, p), (q, m) = self._sizes
-            a = self.bank.a(r, p).to(weight.device, dtype)
-            b = DenseOperator(self.bank.b(q, m, dtype).to(weight.device))
-        return delta_weight(lam, gamma, a, b, scaling=self.scaling, wide=self._wide)
+        return delta(self, self.adapter, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``x (W0 + ΔW)ᵀ + bias``, shape ``(..., out)``, for ``x`` of shape ``(..., in)``.
@@ -215,7 +236,9 @@ class RandLoRALinear(nn.Linear):
             ValueError: if the last dimension of ``x`` is not ``in_features``.
         """
         weight, bias = self.base_weight, self.bias
-        if self.merged or not self.enabled:
+        state = self._randlora
+        adapter = state.adapter("weight")
+        if state.merged or adapter is None:
             return F.linear(input, self.weight, bias)
         dtype = autocast_dtype(weight.device)
         if dtype is None or weight.dtype == torch.float64:  # which autocast leaves alone
@@ -223,38 +246,14 @@ class RandLoRALinear(nn.Linear):
         elif isinstance(input, Tensor) and input.is_floating_point():
             input = input.to(dtype)
         check_input(input, self.in_features, dtype)
-        a, b = self.operands(dtype)
-        update = self.randlora_lambda, self.randlora_gamma, a, b
-        keywords: Any = {"scaling": self.scaling, "choice": self.choice}
-        if self.training and self.dropout:
-            dropped = F.dropout(input, self.dropout)
+        update = *adapter.parameters(self), *adapter.operands(weight.device, dtype)
+        settings = adapter.settings
+        keywords: Any = {"scaling": settings.scaling, "choice": self.choice}
+        if self.training and settings.dropout:
+            dropped = F.dropout(input, settings.dropout)
             frozen = F.linear(input, weight, bias)
             return frozen + randlora_linear(dropped, None, None, *update, **keywords)
         return randlora_linear(input, weight, bias, *update, **keywords)
-
-    def fold(self) -> Tensor:
-        """``W0 + ΔW`` without a gradient, kept as long as what it is formed of stays the same."""
-        made_of = self.base_weight, self.randlora_lambda, self.randlora_gamma
-        if self._folded is not None and torch.compiler.is_compiling():
-            return self._folded[1]  # a compiled function sees no versions
-        versions = [(id(t), 0 if t.is_inference() else t._version) for t in made_of]
-        if self._folded is None or self._folded[0] != versions:
-            # In this order: leaving inference mode turns gradients on.
-            with torch.inference_mode(False), torch.no_grad():
-                folded = effective_weight(
-                    *made_of, *self.operands(self.base_weight.dtype), scaling=self.scaling
-                )
-            self._folded = versions, folded
-        return self._folded[1]
-
-    def _merged_weight(self) -> Tensor:
-        trained = any(getattr(self, name).requires_grad for name in _PARAMETERS)
-        if self.training and trained and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{type(self).__name__} is merged, so its update gets no gradient; "
-                "randlora.unmerge the model to train it, or put it in eval mode"
-            )
-        return self.fold()
 
     def plan(self, tokens: int, *, needs_input: bool = True) -> Plan:
         """What a training step with so many tokens would do, see :mod:`randlora.planning`.
@@ -266,254 +265,46 @@ class RandLoRALinear(nn.Linear):
             needs_input: whether the input requires a gradient.
         """
         a, b = self.operands(self.base_weight.dtype)
-        tokens = as_positive_int("tokens", tokens)
-        return choose(work_of(tokens, a, b, self._wide, needs_input=needs_input), self.choice)
-
-    def reset_parameters(self) -> None:
-        """Draw the base weight and bias anew, and set the update back to its start."""
-        super().reset_parameters()
-        if "randlora_gamma" in self._parameters:
-            _reset(self.randlora_lambda, self.randlora_gamma)
-
-    def extra_repr(self) -> str:
-        """Add what is particular to the update to the line of ``nn.Linear``."""
-        dropout = f", dropout={self.dropout:g}" if self.dropout else ""
-        return (
-            f"{super().extra_repr()}, rank={self.rank}, num_bases={self.num_bases}, "
-            f"scaling={self.scaling:g}{dropout}"
-        )
-
-    @property
-    def _wide(self) -> bool:
-        return self.out_features < self.in_features
-
-    @property
-    def _sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """``(r, p)`` of ``A`` and ``(q, m)`` of ``B``."""
-        p, q = sorted((self.in_features, self.out_features))
-        return (self.rank, p), (q, self.num_bases * self.rank)
+        wide = self.out_features < self.in_features
+        work = work_of(as_positive_int("tokens", tokens), a, b, wide, needs_input=needs_input)
+        return choose(work, self.choice)
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, Operator]:
         """``A`` and ``B`` of this layer from the bank, to compute with in ``dtype``."""
-        key = self.base_weight.device, dtype
-        if key not in self._stores:
-            refuse_to_draw_while_compiling()
-            self._stores[key] = self.bank.store(*key)
-        (r, p), (q, m) = self._sizes
-        return self._stores[key].operands(r, p, q, m)
+        return self.adapter.operands(self.base_weight.device, dtype)
 
-    def draw_bases(self) -> None:
-        """Have the bank draw what this layer needs, unless the layer is on the meta device."""
-        if not self.base_weight.is_meta:
-            self.operands(self.base_weight.dtype)
+    def reset_parameters(self) -> None:
+        """Draw the base weight and bias anew, and set every update back to its start."""
+        super().reset_parameters()
+        if "_randlora" in vars(self):  # else nn.Linear.__init__ is still at work
+            for adapter in self._randlora.all():
+                adapter.reset(*adapter.parameters(self))
 
-    def _apply(self, fn: Any, recurse: bool = True) -> RandLoRALinear:
-        before = self.base_weight.device, self.base_weight.dtype
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._folded = None
-        if before != (self.base_weight.device, self.base_weight.dtype):
-            self._stores.clear()
-            self.draw_bases()
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_stores": {}, "_folded": None}  # type: ignore[no-untyped-call]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.draw_bases()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    def extra_repr(self) -> str:
+        """Add what is particular to the update to the line of ``nn.Linear``."""
+        adapter = self._randlora.current.get("weight")
+        if adapter is None:
+            return super().extra_repr()
+        settings = adapter.settings
+        dropout = f", dropout={settings.dropout:g}" if settings.dropout else ""
+        return (
+            f"{super().extra_repr()}, rank={settings.rank}, num_bases={settings.num_bases}, "
+            f"scaling={settings.scaling:g}{dropout}"
         )
-        keys = [prefix + name for name in _PARAMETERS]
-        if not any(key in state_dict for key in keys):
-            # A checkpoint of the plain model: it has nothing to say about the update.
-            missing_keys[:] = [key for key in missing_keys if key not in keys]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What makes an adapted layer of a linear one, checked once, by :meth:`of`."""
-
-    rank: int
-    num_bases: int
-    scaling: float
-    dropout: float
-    asked_rank: int  # what `inject` was asked for, where that was too large for this layer
-
-    @staticmethod
-    def of(
-        linear: nn.Linear,
-        *,
-        rank: int,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        num_bases: int | None = None,
-    ) -> Settings:
-        """Check the arguments of :class:`RandLoRALinear` for a layer of the sizes of ``linear``."""
-        p = min(linear.in_features, linear.out_features)
-        rank = as_positive_int("rank", rank)
-        if rank > p:
-            raise ValueError(
-                f"rank must be at most min(in_features, out_features) = {p} for a layer "
-                f"{linear.in_features} -> {linear.out_features}, got {rank}"
-            )
-        full = -(-p // rank)
-        num_bases = full if num_bases is None else as_positive_int("num_bases", num_bases)
-        if num_bases > full:
-            raise ValueError(
-                f"num_bases must be at most ceil({p} / {rank}) = {full}, which gives full rank, "
-                f"got {num_bases}"
-            )
-        scaling = 1.0 if alpha is None else as_scaling(alpha, rank)
-        dropout = as_real("dropout", dropout)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout:g}")
-        return Settings(rank, num_bases, scaling, dropout, asked_rank=rank)
+def linear_site(linear: nn.Linear) -> Site:
+    """The weight of a linear layer."""
+    return Site("weight", linear.out_features, linear.in_features)
 
 
-def unsupported(module: nn.Module) -> str | None:
-    """Why ``module`` cannot be adapted, or None if it can: an ``nn.Linear`` with a plain weight."""
-    kind = type(module).__name__
-    if not isinstance(module, nn.Linear):
-        return f"{kind} is not an nn.Linear"
-    if isinstance(module, RandLoRALinear):
-        return f"{kind} is adapted already"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return f"{kind} computes its weight instead of holding it as a parameter"
-    if nn.parameter.is_lazy(weight):
-        return f"{kind} has no sizes before it is run once"
-    if weight.dtype not in _DTYPES:
-        return f"{kind} has a weight of {weight.dtype}, which is not floating"
-    if not weight.numel():
-        return f"{kind} has an empty weight"
-    ours = {*_STATE, *_PARAMETERS, *vars(RandLoRALinear)} - {*dir(nn.Linear), "weight"}
-    taken = sorted(name for name in ours if hasattr(module, name))
-    if taken:
-        return f"{kind} has an attribute {taken[0]!r} of its own"
+def taken(linear: nn.Module) -> str | None:
+    """Why a linear layer's own attributes leave no room for those of :class:`RandLoRALinear`."""
+    ours = {*vars(RandLoRALinear), *vars(Adapted)} - {*dir(nn.Linear), "weight"}
+    for name in sorted(ours):
+        if hasattr(linear, name):
+            return f"{type(linear).__name__} has an attribute {name!r} of its own"
     return None
-
-
-class Adaptation:
-    """What turns a supported ``linear`` into a :class:`RandLoRALinear`, in two steps.
-
-    Making one does all that can fail and changes nothing; :meth:`apply` does the rest. The object
-    stays the same, so that every name, hook and reference it has goes on holding; its class becomes
-    one that is both a ``RandLoRALinear`` and what it was.
-    """
-
-    def __init__(self, linear: nn.Linear, settings: Settings, bank: BasisBank) -> None:
-        self.linear = linear
-        p, q = sorted((linear.in_features, linear.out_features))
-        n, r, device = settings.num_bases, settings.rank, linear.weight.device
-        self.cls = _adapted_class(type(linear))
-        bank.reserve(r, p, q, n * r)
-        with torch.inference_mode(False):
-            self.lam, self.gamma = (
-                nn.Parameter(torch.empty(n, width, device=device, dtype=torch.float32))
-                for width in (r, p)
-            )
-        _reset(self.lam, self.gamma)
-        self.sizes = r, p, q, n * r
-        self.state = {**asdict(settings), "bank": bank, "_stores": {}, "_folded": None}
-
-    def draw_bases(self) -> None:
-        """Have the bank draw what the layer will need, and hold it for it."""
-        weight = self.linear.weight
-        if not weight.is_meta:
-            store = self.state["bank"].store(weight.device, weight.dtype)
-            store.operands(*self.sizes)
-            self.state["_stores"] = {(weight.device, weight.dtype): store}
-
-    def apply(self) -> RandLoRALinear:
-        """Change the layer, freeze what it had, and return it."""
-        linear = self.linear
-        linear.requires_grad_(False)
-        linear.register_parameter("randlora_lambda", self.lam)
-        linear.register_parameter("randlora_gamma", self.gamma)
-        vars(linear).update(self.state)
-        linear.__class__ = self.cls
-        return linear  # type: ignore[return-value]
-
-
-def adapted_layers(model: nn.Module) -> dict[str, RandLoRALinear]:
-    """The adapted layers of a model by name.
-
-    Raises:
-        TypeError: if ``model`` is not a module.
-        ValueError: if there are none.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, RandLoRALinear)}
-    if not layers:
-        raise ValueError("model must be adapted, but it has no RandLoRALinear; see randlora.inject")
-    return layers
-
-
-def plain_class(layer: RandLoRALinear) -> type[nn.Linear] | None:
-    """What an adapted layer was before, or None where it is of a class written for adaptation."""
-    cls = type(layer)
-    return cls.base_class if cls is RandLoRALinear or "base_class" in vars(cls) else None
-
-
-def remove(layer: RandLoRALinear, *, merge: bool) -> None:
-    """Make an adapted layer plain again, with the update in a new weight or without it."""
-    plain = plain_class(layer)
-    assert plain is not None
-    if merge:
-        weight = nn.Parameter(layer.fold(), requires_grad=layer.base_weight.requires_grad)
-        layer._parameters["weight"] = weight
-    for name in _PARAMETERS:
-        del layer._parameters[name]
-    for name in (*_STATE, "choice", "enabled", "merged"):
-        vars(layer).pop(name, None)
-    layer.__class__ = plain  # type: ignore[assignment]
-
-
-@torch.no_grad()
-def _reset(lam: Tensor, gamma: Tensor) -> None:
-    lam.fill_(1 / math.sqrt(lam.numel()))
-    gamma.zero_()
-
-
-def _adapted_class(base: type[nn.Linear]) -> type[RandLoRALinear]:
-    """The class that a layer of class ``base`` becomes; one for each ``base``, which it keeps."""
-    if base is nn.Linear:
-        return RandLoRALinear
-    if issubclass(base, RandLoRALinear):
-        return base
-    known = vars(base).get("_randlora_class")  # kept on base: both are collected together
-    if known is None:
-        own = {} if base.forward is nn.Linear.forward else {"forward": base.forward}
-        known = type(
-            f"RandLoRA{base.__name__}",
-            (RandLoRALinear, base),
-            {"base_class": base, "__reduce_ex__": _reduce, "__module__": base.__module__, **own},
-        )
-        base._randlora_class = known  # type: ignore[attr-defined]
-    return known
-
-
-def _reduce(layer: RandLoRALinear, protocol: int) -> tuple[Any, ...]:
-    return _rebuild, (layer.base_class,), layer.__getstate__()
-
-
-def _rebuild(base: type[nn.Linear]) -> RandLoRALinear:
-    cls = _adapted_class(base)
-    return cls.__new__(cls)
 
 
 _default: weakref.ref[BasisBank] | None = None

@@ -1,4 +1,4 @@
-"""The update folded into the weight, left out, or taken away; always all layers or none.
+"""The update folded into the weight, left out, changed for another, or taken away; of all or none.
 
 The frozen weights are never written. A merged layer computes with a weight of its own, ``W0 + ΔW``
 rounded once, beside ``W0``. So un-merging is exact in every dtype and after any number of times,
@@ -11,14 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
-from randlora.injection import SAVED
-from randlora.layers import RandLoRALinear, adapted_layers, plain_class, remove
+from randlora.adapters import (
+    adapted_modules,
+    check_adapter_name,
+    fold,
+    plain_class,
+    remove,
+    uninstall,
+    weight_name,
+)
+from randlora.injection import SAVED, train
 
-__all__ = ["disabled", "merge", "unload", "unmerge"]
+__all__ = ["delete_adapter", "disabled", "merge", "set_adapter", "unload", "unmerge"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -34,13 +42,14 @@ def merge(model: ModelT) -> ModelT:
         ``model``.
 
     Raises:
+        TypeError: if a layer has a weight that cannot be read, a quantised one.
         ValueError: if no layer of ``model`` is adapted, or an effective weight is not finite; then
             nothing is merged.
     """
-    layers = adapted_layers(model)
-    _fold_all(layers)
-    for layer in layers.values():
-        layer.merged = True
+    modules = adapted_modules(model)
+    _fold_all(modules)
+    for module in modules.values():
+        module._randlora.merged = True
     return model
 
 
@@ -55,9 +64,9 @@ def unmerge(model: ModelT) -> ModelT:
     Raises:
         ValueError: if no layer of ``model`` is adapted.
     """
-    for layer in adapted_layers(model).values():
-        layer.merged = False
-        layer._folded = None
+    for module in adapted_modules(model).values():
+        module._randlora.merged = False
+        module._randlora.folded.clear()
     return model
 
 
@@ -70,14 +79,62 @@ def disabled(model: ModelT) -> Iterator[ModelT]:
     Raises:
         ValueError: if no layer of ``model`` is adapted.
     """
-    before = {layer: layer.enabled for layer in adapted_layers(model).values()}
+    states = [module._randlora for module in adapted_modules(model).values()]
+    before = [state.enabled for state in states]
     try:
-        for layer in before:
-            layer.enabled = False
+        for state in states:
+            state.enabled = False
         yield model
     finally:
-        for layer, enabled in before.items():
-            layer.enabled = enabled
+        for state, enabled in zip(states, before, strict=True):
+            state.enabled = enabled
+
+
+def set_adapter(model: ModelT, adapter: str) -> ModelT:
+    """Have the adapter of this name count, and be trained, in the place of the one that did.
+
+    The parameters of the others are frozen. A layer without an update of this name computes as it
+    did before any.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: if ``adapter`` is not a name.
+        ValueError: if no layer has an adapter of this name, or the model is merged.
+    """
+    modules = adapted_modules(model)
+    _check_known(modules, adapter)
+    if any(module._randlora.merged for module in modules.values()):
+        raise ValueError("model must not be merged while its adapter is changed; unmerge it first")
+    for module in modules.values():
+        module._randlora.active = adapter
+    train(model)
+    return model
+
+
+def delete_adapter(model: ModelT, adapter: str) -> ModelT:
+    """Take the adapter of this name away, with its parameters; it must not be the active one.
+
+    Layers that had no other are plain again.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: if ``adapter`` is not a name.
+        ValueError: if no layer has an adapter of this name, or it is active.
+    """
+    modules = adapted_modules(model)
+    _check_known(modules, adapter)
+    if any(module._randlora.active == adapter for module in modules.values()):
+        raise ValueError(
+            f"adapter must not be the active one, {adapter!r}; set_adapter another one before, or "
+            "unload the model"
+        )
+    for module in modules.values():
+        uninstall(module, adapter)
+    return model
 
 
 def unload(model: ModelT, *, merge: bool = False) -> ModelT:
@@ -85,9 +142,9 @@ def unload(model: ModelT, *, merge: bool = False) -> ModelT:
 
     Args:
         model: an adapted model.
-        merge: whether the updates go into the weights, each rounded once to its dtype, instead of
-            being discarded. The weights that took them up are new parameters: what shared the old
-            one keeps it.
+        merge: whether the active updates go into the weights, each rounded once to its dtype,
+            instead of being discarded as the others are. The weights that took them up are new
+            parameters: what shared the old one keeps it.
 
     Returns:
         ``model``. What ``inject`` froze stays frozen, ``modules_to_save`` stay trained.
@@ -100,30 +157,47 @@ def unload(model: ModelT, *, merge: bool = False) -> ModelT:
     """
     if not isinstance(merge, bool):
         raise TypeError(f"merge must be True or False, got {merge!r}")
-    layers = adapted_layers(model)
-    for name, layer in layers.items():
-        if plain_class(layer) is None:
+    modules = adapted_modules(model)
+    for name, module in modules.items():
+        if plain_class(module) is None:
             raise TypeError(
                 f"model must have layers that were plain before, but {name!r} is a "
-                f"{type(layer).__name__}, a subclass of RandLoRALinear"
+                f"{type(module).__name__}, a subclass of RandLoRALinear"
             )
     if merge:
-        _fold_all(layers)
-    for layer in layers.values():
-        remove(layer, merge=merge)
+        _fold_all(modules)
+    for module in modules.values():
+        remove(module, merge=merge)
     for module in model.modules():
         vars(module).pop(SAVED, None)
     return model
 
 
-def _fold_all(layers: dict[str, RandLoRALinear]) -> None:
+def _check_known(modules: dict[str, Any], adapter: str) -> None:
+    check_adapter_name(adapter)
+    known = dict.fromkeys(name for module in modules.values() for name in module._randlora.adapters)
+    if adapter not in known:
+        raise ValueError(f"adapter must be one of {', '.join(map(repr, known))}, got {adapter!r}")
+
+
+def _fold_all(modules: dict[str, Any]) -> None:
     """Form all effective weights, or raise and keep none that was not there."""
-    for name, layer in layers.items():
-        if not layer.fold().isfinite().all():
-            for other in layers.values():
-                if not other.merged:
-                    other._folded = None
-            raise ValueError(
-                f"the effective weight of {name or 'the model'!r} must be finite to be merged, but "
-                "has values that are infinite or no number"
-            )
+    before = {module: dict(module._randlora.folded) for module in modules.values()}
+    try:
+        for name, module in modules.items():
+            for parameter, adapter in module._randlora.current.items():
+                if adapter.site.opaque:
+                    raise TypeError(
+                        f"{name!r} cannot be merged: the base weight of a "
+                        f"{module.base_class.__name__} is not a tensor to add to"
+                    )
+                if not fold(module, parameter).isfinite().all():
+                    whose = weight_name(name, parameter)
+                    raise ValueError(
+                        f"the effective weight of {whose!r} must be finite to be merged, but has "
+                        "values that are infinite or no number"
+                    )
+    except Exception:
+        for module, folded in before.items():
+            module._randlora.folded = folded
+        raise

@@ -68,6 +68,10 @@ class Operator(Protocol):
         """``total += h Bᵀ``: ``(k, q)`` and ``(k, m)``."""
         ...
 
+    def rows(self, places: Tensor, dtype: torch.dtype) -> DenseOperator:
+        """The rows of ``B`` at ``places``, ``(k,)``, as a base of their own, ``(k, m)``."""
+        ...
+
 
 class _Stored:
     """A matrix that is held entry by entry, and multiplied as such."""
@@ -84,6 +88,10 @@ class _Stored:
         """``(q, m)``."""
         q, m = self.entries.shape
         return q, m
+
+    def rows(self, places: Tensor, dtype: torch.dtype) -> DenseOperator:
+        """See :class:`Operator`."""
+        return DenseOperator(self.entries[places].to(dtype), self.scale)
 
 
 class DenseOperator(_Stored):
@@ -215,6 +223,18 @@ class GatherOperator:
         for tile in _tiles(len(h)):
             total[tile].add_(_gather(self.by_row, h[tile].T).T)
 
+    def rows(self, places: Tensor, dtype: torch.dtype) -> DenseOperator:
+        """See :class:`Operator`."""
+        columns, offsets, signs = self.by_row
+        starts, ends = offsets[places].long(), offsets[places + 1].long()
+        counts = ends - starts
+        row = torch.repeat_interleave(counts)
+        within = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+        taken = starts[row] + within
+        entries = signs.new_zeros(len(places), self.shape[1])
+        entries[row, columns[taken].long()] = signs[taken]
+        return DenseOperator(entries.to(dtype), self.scale)
+
 
 class KroneckerOperator:
     """``(R1 ⊗ R2)[:q, :m]``, applied by its factors, ``(q1, m1)`` and ``(q2, m2)``, in turn.
@@ -275,6 +295,13 @@ class KroneckerOperator:
             addmm_(total.view(k * q1, q2), blocks, self.right.T)
         else:
             total += mm(blocks, self.right.T).view(k, q1 * q2)[:, : self.shape[0]]
+
+    def rows(self, places: Tensor, dtype: torch.dtype) -> DenseOperator:
+        """See :class:`Operator`."""
+        q2 = len(self.right)
+        left, right = self.left[places // q2], self.right[places % q2]
+        entries = (left.unsqueeze(2) * right.unsqueeze(1)).flatten(1)[:, : self.shape[1]]
+        return DenseOperator(entries.to(dtype).contiguous(), self.scale)
 
     # shape: (m, k) -> (q1, m2, k)
     def _left_first(self, c: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from randlora import inject, rank_report, summary
+from randlora import diagnostics, inject, rank_report, summary
 from randlora.planning import Choice
 
 
@@ -14,8 +14,11 @@ def model():
     return inject(nn.ModuleDict(body), rank=3)
 
 
-def set_delta(layer, delta):
-    layer.delta_weight = lambda dtype=None: delta.to(dtype)
+def set_delta(monkeypatch, layer, delta):
+    def read(module, adapter, dtype):
+        return delta if module is layer else torch.zeros(8, 20, dtype=dtype)
+
+    monkeypatch.setattr(diagnostics, "delta", read)
 
 
 def test_summary_holds_the_figures():
@@ -36,6 +39,7 @@ def test_summary_prints_a_table():
         "-----  --------  ----  -----  -------  -------\n"
         "up       20 x 8     3      3        1       33\n"
         "down     8 x 20     3      3        1       33\n"
+        "left out: head (output head: the last layer, called 'head')\n"
         "BasisBank('dense', seed=0): 0.00 MiB for 2 layers\n"
         "trained 66 of 441 parameters (14.97 %)"
     )
@@ -60,12 +64,12 @@ def test_summary_says_where_a_rank_was_lowered():
     assert "2 (of 3)" in str(found)
 
 
-def test_rank_report_of_a_known_spectrum():
+def test_rank_report_of_a_known_spectrum(monkeypatch):
     adapted = model()
     u, _ = torch.linalg.qr(torch.randn(20, 8, dtype=torch.float64))
     v, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))
     sigma = torch.tensor([4.0, 2, 2, 1, 0, 0, 0, 0], dtype=torch.float64)
-    set_delta(adapted["up"], u @ torch.diag(sigma) @ v)
+    set_delta(monkeypatch, adapted["up"], u @ torch.diag(sigma) @ v)
     up, down = rank_report(adapted)
     assert up.name == "up"
     assert torch.allclose(up.singular_values, sigma, atol=1e-14)
@@ -77,11 +81,11 @@ def test_rank_report_of_a_known_spectrum():
     assert (down.rank, down.stable_rank, down.effective_rank, down.condition) == (0, 0, 0, 0)
 
 
-def test_rank_is_judged_in_float64():
+def test_rank_is_judged_in_float64(monkeypatch):
     """A spectrum over ten decades: float32 would lose its end, even where all is stored in it."""
     adapted = model()
     sigma = torch.logspace(0, -10, 8, dtype=torch.float64)
-    set_delta(adapted["up"], torch.eye(20, 8, dtype=torch.float64) * sigma)
+    set_delta(monkeypatch, adapted["up"], torch.eye(20, 8, dtype=torch.float64) * sigma)
     report = rank_report(adapted)
     assert report.layers[0].rank == 8
     assert report.layers[0].condition == pytest.approx(1e10, rel=1e-5)

@@ -39,6 +39,7 @@ class Model(nn.Module):
     def __init__(self, d=16, vocabulary=30):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, d)
+        self.pool = nn.EmbeddingBag(3, d)
         self.blocks = nn.Sequential(Block(d), Block(d))
         self.gate = nn.Linear(d, 4, bias=False)
         self.gate_alias = self.gate
@@ -362,8 +363,8 @@ def test_a_name_with_letters_of_regular_expressions_is_a_name():
         ({"target_modules": ["qkv", "kv"]}, ValueError, "target_modules='kv' matches no module"),
         ({"target_modules": []}, ValueError, "target_modules, .* leave none; .* 'gate'"),
         ({"target_modules": lambda *_: False}, ValueError, "leave none; .*'lm_head' .output head"),
-        ({"target_modules": "norm"}, TypeError, "norm'.* LayerNorm is not an nn.Linear"),
-        ({"target_modules": ["qkv", "embed"]}, TypeError, "'embed', but Embedding is not"),
+        ({"target_modules": "norm"}, TypeError, "norm'.* LayerNorm is of no class"),
+        ({"target_modules": ["qkv", "pool"]}, TypeError, "'pool', but EmbeddingBag adds"),
         ({"target_modules": "(qkv"}, ValueError, r"'\(qkv' is neither"),
         ({"target_modules": nn.Linear}, TypeError, "target_modules must be a name, .* got <class"),
         ({"alpha": torch.ones(2)}, ValueError, "alpha must be one finite number"),
@@ -426,7 +427,9 @@ def test_a_failure_however_late_leaves_the_model_untouched(make, keywords, error
 def test_a_second_injection_is_refused():
     model = inject(Model(), rank=3)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"plain, but its layer 'blocks.0.attn.qkv' is adapted"):
+    with pytest.raises(
+        ValueError, match=r"'default' yet, but its layer 'blocks.0.attn.qkv' is"
+    ):
         inject(model, rank=3)
     same(snapshot(model), before)
 

@@ -191,7 +191,7 @@ def test_an_error_inside_disabled_enables_again():
     model = adapted()
     with pytest.raises(KeyError), randlora.disabled(model):
         raise KeyError
-    assert all(layer.enabled for layer in layers(model))
+    assert all(layer._randlora.enabled for layer in layers(model))
 
 
 def test_a_tied_weight_does_not_move():

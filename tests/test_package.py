@@ -26,10 +26,12 @@ MAY_IMPORT = {
     "bases": {"_checks", "isometry", "operators"},
     "kernel": {"operators", "planning", "products"},
     "functional": {"kernel", "operators", "planning"},
-    "layers": {"_checks", "bases", "functional", "kernel", "operators", "planning"},
-    "injection": {"_checks", "bases", "layers"},
-    "merging": {"injection", "layers"},
-    "diagnostics": {"bases", "layers", "planning"},
+    "adapters": {"_checks", "bases", "functional", "operators"},
+    "layers": {"_checks", "adapters", "bases", "functional", "kernel", "operators", "planning"},
+    "handlers": {"adapters", "functional", "kernel", "layers"},
+    "injection": {"_checks", "adapters", "bases", "handlers"},
+    "merging": {"adapters", "injection"},
+    "diagnostics": {"adapters", "bases", "injection", "layers", "planning"},
 }
 
 

@@ -1,0 +1,582 @@
+"""What makes a module of any class an adapted one: updates of its weights, whoever reads these.
+
+An adapted module keeps its identity, parameters and hooks; its class becomes a subclass of what it
+was, in which the name of each adapted weight is a property: the effective weight, ``W0 + ΔW``.
+``W0`` keeps its place among the parameters. So code that reads a module's weight instead of calling
+the module (attention, fused encoder layers) meets the update, and a ``state_dict`` keeps its keys.
+
+A module may carry several updates of a weight, by name, of which one is active.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from randlora._checks import as_positive_int, as_real, as_scaling
+from randlora.bases import BasisBank, Store, refuse_to_draw_while_compiling
+from randlora.functional import delta_weight, effective_weight
+from randlora.operators import DenseOperator, Operator
+
+__all__ = [
+    "DEFAULT",
+    "Adaptation",
+    "Adapted",
+    "Adapter",
+    "Settings",
+    "Site",
+    "adapted_class",
+    "adapted_modules",
+    "check_adapter_name",
+    "delta",
+    "effective",
+    "fold",
+    "install",
+    "plain_class",
+    "remove",
+    "uninstall",
+    "unsupported",
+    "weight_name",
+]
+
+DEFAULT = "default"
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight that can be adapted: a parameter of a module, as a matrix ``out × in``, or a stack.
+
+    The parameter is reshaped to ``(out, in)``, to ``(in, out)`` where ``transposed``; ``stack`` is
+    the number of such matrices along its first dimension, or 0. Row ``kept`` takes no update.
+    Where ``opaque``, the parameter may be anything or absent, and the update goes beside it.
+    """
+
+    parameter: str
+    out: int
+    in_: int
+    transposed: bool = False
+    stack: int = 0
+    kept: int | None = None
+    opaque: bool = False
+
+    @property
+    def p(self) -> int:
+        """``min(out, in)``."""
+        return min(self.out, self.in_)
+
+    @property
+    def q(self) -> int:
+        """``max(out, in)``."""
+        return max(self.out, self.in_)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The dimensions before those of a matrix: of a stack one, else none."""
+        return (self.stack,) if self.stack else ()
+
+    @property
+    def wide(self) -> bool:
+        """Whether the update of the matrix as it is stored is ``(B C)ᵀ``."""
+        return (self.out < self.in_) != self.transposed
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The parameter as ``(out, in)``, ``(in, out)`` where transposed, of each of a stack."""
+        rows, columns = (self.in_, self.out) if self.transposed else (self.out, self.in_)
+        return weight.reshape(*self.lead, rows, columns)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The choices made for one update, checked once, by :meth:`of`."""
+
+    rank: int
+    num_bases: int
+    scaling: float
+    dropout: float
+    asked_rank: int  # what `inject` was asked for, where that was too large for this layer
+
+    @staticmethod
+    def of(
+        site: Site,
+        *,
+        rank: int,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        num_bases: int | None = None,
+    ) -> Settings:
+        """Check the arguments of :class:`RandLoRALinear` for a weight of the sizes of ``site``."""
+        p = site.p
+        rank = as_positive_int("rank", rank)
+        if rank > p:
+            raise ValueError(
+                f"rank must be at most min(in_features, out_features) = {p} for a layer "
+                f"{site.in_} -> {site.out}, got {rank}"
+            )
+        full = -(-p // rank)
+        num_bases = full if num_bases is None else as_positive_int("num_bases", num_bases)
+        if num_bases > full:
+            raise ValueError(
+                f"num_bases must be at most ceil({p} / {rank}) = {full}, which gives full rank, "
+                f"got {num_bases}"
+            )
+        scaling = 1.0 if alpha is None else as_scaling(alpha, rank)
+        dropout = as_real("dropout", dropout)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout:g}")
+        return Settings(rank, num_bases, scaling, dropout, asked_rank=rank)
+
+
+class Adapter:
+    """One update of one weight: all of it but the trained numbers, which the module holds."""
+
+    def __init__(self, name: str, site: Site, settings: Settings, bank: BasisBank) -> None:
+        self.site, self.settings, self.bank = site, settings, bank
+        own = "" if name == DEFAULT else f"{name}_"
+        of = "" if site.parameter == "weight" else f"{site.parameter}_"
+        self.names = f"{own}{of}randlora_lambda", f"{own}{of}randlora_gamma"
+        self._stores: dict[tuple[torch.device, torch.dtype], Store] = {}
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """``r, p, q, m``: ``A`` is ``r × p`` and ``B`` is ``q × m``."""
+        settings = self.settings
+        return settings.rank, self.site.p, self.site.q, settings.num_bases * settings.rank
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of ``Λ``, ``(n, r)``, and of ``Γ``, ``(n, p)``; before these, the size of the stack."""
+        lead, n = self.site.lead, self.settings.num_bases
+        return (*lead, n, self.settings.rank), (*lead, n, self.site.p)
+
+    @property
+    def trained(self) -> int:
+        """How many numbers are trained."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def parameters(self, module: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+        """``Λ`` and ``Γ``."""
+        lam, gamma = (module._parameters[name] for name in self.names)
+        assert lam is not None
+        assert gamma is not None
+        return lam, gamma
+
+    def make_parameters(self, device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
+        """New ``Λ`` and ``Γ``, in float32, at the start: ``ΔW = 0``."""
+        with torch.inference_mode(False):
+            lam, gamma = (
+                nn.Parameter(torch.empty(shape, device=device, dtype=torch.float32))
+                for shape in self.shapes
+            )
+        self.reset(lam, gamma)
+        return lam, gamma
+
+    @torch.no_grad()
+    def reset(self, lam: Tensor, gamma: Tensor) -> None:
+        """Set the update back to its start: ``Γ = 0``, and ``Λ`` the same everywhere."""
+        lam.fill_(1 / math.sqrt(math.prod(self.shapes[0][-2:])))
+        gamma.zero_()
+
+    def operands(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Operator]:
+        """``A`` and ``B`` from the bank, to compute with there and in ``dtype``."""
+        key = device, dtype
+        if key not in self._stores:
+            refuse_to_draw_while_compiling()
+            self._stores[key] = self.bank.store(*key)
+        return self._stores[key].operands(*self.sizes)
+
+    def draw_bases(self, module: nn.Module) -> None:
+        """Have the bank draw what the update needs to be read, unless that is on no device."""
+        if self.site.opaque:
+            return  # its dtype is that of the input
+        weight = module._parameters.get(self.site.parameter)
+        if weight is not None and not weight.is_meta:
+            self.operands(weight.device, weight.dtype)
+
+    def forget_bases(self) -> None:
+        """Hold no bases: they are those of another device or dtype."""
+        self._stores.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_stores": {}}
+
+
+class Adaptation:
+    """The state of an adapted module: its updates, and which of them counts."""
+
+    def __init__(self) -> None:
+        self.adapters: dict[str, dict[str, Adapter]] = {}  # by name, then by parameter
+        self.active = DEFAULT
+        self.enabled = True
+        self.merged = False
+        # Effective weights, by parameter: merged ones, with what they were formed of; and those of
+        # the call under way, by whether gradients are recorded too.
+        self.folded: dict[str, tuple[list[Any], Tensor]] = {}
+        self.held: dict[tuple[str, bool], Tensor] | None = None
+
+    def adapter(self, parameter: str) -> Adapter | None:
+        """The active update of a weight; None while there is none, or none is to count."""
+        return self.current.get(parameter) if self.enabled else None
+
+    @property
+    def current(self) -> dict[str, Adapter]:
+        """The active updates by parameter, enabled or not."""
+        return self.adapters.get(self.active, {})
+
+    def all(self) -> Iterator[Adapter]:
+        """Every update of every weight."""
+        for adapters in self.adapters.values():
+            yield from adapters.values()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "folded": {}, "held": None}
+
+
+class Adapted:
+    """What every adapted module is, beside what it was.
+
+    All that it adds lies in the attribute ``_randlora`` and in parameters whose names end in
+    ``randlora_lambda`` and ``randlora_gamma``: the attributes of a module are its author's.
+    """
+
+    base_class: ClassVar[type[nn.Module]]
+    _randlora: Adaptation
+    _parameters: dict[str, nn.Parameter | None]
+
+    @staticmethod
+    def _removed(module: Any) -> None:
+        """Do what is left to do once ``module`` is of its own class again."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        state = self._randlora
+        before = _places(self)
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        state.folded.clear()
+        for adapter, place in zip(state.all(), _places(self), strict=True):
+            if place != before.pop(0):
+                adapter.forget_bases()
+                adapter.draw_bases(self)  # type: ignore[arg-type]
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        for adapter in self._randlora.all():
+            adapter.draw_bases(self)  # type: ignore[arg-type]
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(  # type: ignore[misc]
+            state_dict, prefix, metadata, strict, missing, *rest
+        )
+        for adapters in self._randlora.adapters.values():
+            keys = [prefix + name for adapter in adapters.values() for name in adapter.names]
+            if not any(key in state_dict for key in keys):
+                # A checkpoint of the plain model, or one without this adapter.
+                missing[:] = [key for key in missing if key not in keys]
+
+
+def _places(module: Any) -> list[Any]:
+    """Where, and in which dtype, each adapted weight is; of an opaque one, where its update is."""
+    places = []
+    for adapter in module._randlora.all():
+        name = adapter.names[0] if adapter.site.opaque else adapter.site.parameter
+        weight = module._parameters.get(name)
+        places.append(None if weight is None else (weight.device, weight.dtype))
+    return places
+
+
+# --- reading an adapted weight -------------------------------------------------------------------
+
+
+def effective(module: Any, parameter: str) -> Tensor:
+    """``W0 + ΔW`` of an adapted weight, in the shape of the parameter, differentiable.
+
+    ``W0`` itself while there is no update that counts.
+    """
+    base: nn.Parameter | None = module._parameters.get(parameter)
+    if base is None:
+        raise AttributeError(f"{type(module).__name__} has no {parameter} yet")
+    state: Adaptation | None = vars(module).get("_randlora")
+    adapter = None if state is None else state.adapter(parameter)
+    if state is None or adapter is None:
+        return base
+    try:
+        if state.merged:
+            return _merged(module, parameter)
+        if state.held is None:
+            return _compute(module, adapter)
+        key = parameter, torch.is_grad_enabled()
+        if key not in state.held:
+            state.held[key] = _compute(module, adapter)
+        return state.held[key]
+    except AttributeError as error:
+        # Python would go on to Module.__getattr__, which finds the parameter: the base one.
+        raise RuntimeError(f"the effective weight could not be computed: {error}") from error
+
+
+def _compute(module: nn.Module, adapter: Adapter) -> Tensor:
+    site, (lam, gamma) = adapter.site, adapter.parameters(module)
+    base = module._parameters[site.parameter]
+    assert base is not None
+    a, b = adapter.operands(base.device, base.dtype)
+    matrix = site.matrix(base)
+    keywords: Any = {"scaling": adapter.settings.scaling, "wide": site.wide}
+    if site.stack:
+        each = zip(matrix, lam, gamma, strict=True)
+        w = torch.stack([effective_weight(w0, la, ga, a, b, **keywords) for w0, la, ga in each])
+    else:
+        w = effective_weight(matrix, lam, gamma, a, b, **keywords)
+    if site.kept is not None:
+        kept = torch.arange(len(w), device=w.device) == site.kept
+        w = torch.where(kept.unsqueeze(1), matrix, w)
+    return _laid_out(w.view(base.shape), base)
+
+
+def _laid_out(weight: Tensor, like: Tensor) -> Tensor:
+    """By channels last where ``like`` is: convolutions choose their way by it, to the bit."""
+    for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if (
+            like.ndim == dims
+            and not like.is_contiguous()
+            and like.is_contiguous(memory_format=layout)
+        ):
+            return weight.contiguous(memory_format=layout)
+    return weight
+
+
+def delta(module: nn.Module, adapter: Adapter, dtype: torch.dtype | None = None) -> Tensor:
+    """``ΔW`` as ``(out, in)``, of a stack ``(stack, out, in)``, differentiable.
+
+    In ``dtype``, by default that of the weight: a rank is to be judged in float64.
+    """
+    site, (lam, gamma) = adapter.site, adapter.parameters(module)
+    base = None if site.opaque else module._parameters[site.parameter]
+    own = lam.dtype if base is None else base.dtype
+    if dtype is None or dtype == own:
+        a, b = adapter.operands(lam.device, own)
+    else:  # to read, not to train with: the bank need not keep it
+        r, p, q, m = adapter.sizes
+        a = adapter.bank.a(r, p).to(lam.device, dtype)
+        b = DenseOperator(adapter.bank.b(q, m, dtype).to(lam.device))
+    keywords: Any = {"scaling": adapter.settings.scaling, "wide": site.out < site.in_}
+    if site.stack:
+        each = zip(lam, gamma, strict=True)
+        return torch.stack([delta_weight(la, ga, a, b, **keywords) for la, ga in each])
+    update = delta_weight(lam, gamma, a, b, **keywords)
+    if site.kept is not None:
+        kept = torch.arange(len(update), device=update.device) == site.kept
+        update = update.masked_fill(kept.unsqueeze(1), 0)
+    return update
+
+
+def fold(module: Any, parameter: str) -> Tensor:
+    """``W0 + ΔW`` without a gradient, kept as long as what it is formed of stays the same."""
+    state: Adaptation = module._randlora
+    folded = state.folded.get(parameter)
+    if folded is not None and torch.compiler.is_compiling():
+        return folded[1]  # a compiled function sees no versions
+    adapter = state.current[parameter]
+    made_of = module._parameters[parameter], *adapter.parameters(module)
+    versions = [id(adapter), *((id(t), 0 if t.is_inference() else t._version) for t in made_of)]
+    if folded is None or folded[0] != versions:
+        # In this order: leaving inference mode turns gradients on.
+        with torch.inference_mode(False), torch.no_grad():
+            folded = versions, _compute(module, adapter)
+        state.folded[parameter] = folded
+    return folded[1]
+
+
+def _merged(module: Any, parameter: str) -> Tensor:
+    trained = any(t.requires_grad for t in module._randlora.current[parameter].parameters(module))
+    if module.training and trained and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{type(module).__name__} is merged, so its update gets no gradient; "
+            "randlora.unmerge the model to train it, or put it in eval mode"
+        )
+    return fold(module, parameter)
+
+
+# --- classes -------------------------------------------------------------------------------------
+
+
+def adapted_class(base: type[nn.Module], mixin: type[Adapted], names: frozenset[str]) -> Any:
+    """What a module of class ``base`` becomes when its weights ``names`` are adapted.
+
+    A mixin that is a module itself stands where the class stood that it adapts: what derives from
+    that keeps its forward, and calls that of the mixin by ``super()``.
+    """
+    if issubclass(base, Adapted):
+        if "_randlora_names" not in vars(base):
+            return base  # written for adaptation, with properties of its own
+        names |= base._randlora_names  # type: ignore[attr-defined]
+        base = base.base_class
+    if vars(mixin).get("base_class") is base:
+        return mixin
+    known = vars(base).get("_randlora_classes")  # kept on base: all are collected together
+    if known is None:
+        known = base._randlora_classes = {}  # type: ignore[attr-defined]
+    if (mixin, names) not in known:
+        known[mixin, names] = _make_class(base, mixin, names)
+    return known[mixin, names]
+
+
+def _make_class(base: Any, mixin: type[Adapted], names: frozenset[str]) -> Any:
+    adapts = vars(mixin).get("base_class")
+    made: Any = type(
+        f"RandLoRA{base.__name__}",
+        (mixin, base) if adapts is None else (base, mixin),
+        {
+            "base_class": base,
+            "_randlora_names": names,
+            "__reduce_ex__": _reduce,
+            "__module__": base.__module__,
+            **{name: _property(name) for name in names if not hasattr(mixin, name)},
+        },
+    )
+    if adapts is None or base.forward is not adapts.forward:
+        made.forward = _once(made, base)
+    return made
+
+
+def _property(name: str) -> property:
+    def read(module: Any) -> Tensor:
+        return effective(module, name)
+
+    return property(read, doc=f"The effective ``{name}``, differentiable in ``Λ`` and ``Γ``.")
+
+
+def _once(made: Any, base: Any) -> Any:
+    """The forward of ``base``, in which an effective weight read many times is formed once."""
+
+    @wraps(base.forward)
+    def forward(self: Any, *args: Any, **keywords: Any) -> Any:
+        state: Adaptation = self._randlora
+        if state.held is not None:  # a call within a call
+            return super(made, self).forward(*args, **keywords)
+        state.held = {}
+        try:
+            return super(made, self).forward(*args, **keywords)
+        finally:
+            state.held = None
+
+    return forward
+
+
+def _reduce(module: Any, protocol: int) -> tuple[Any, ...]:
+    cls = type(module)
+    mixin = next(
+        c for c in cls.__mro__ if issubclass(c, Adapted) and "_randlora_names" not in vars(c)
+    )
+    return _rebuild, (cls.base_class, mixin, cls._randlora_names), module.__getstate__()
+
+
+def _rebuild(base: type[nn.Module], mixin: type[Adapted], names: frozenset[str]) -> Any:
+    cls = adapted_class(base, mixin, names)
+    return cls.__new__(cls)
+
+
+def plain_class(module: Adapted) -> type[nn.Module] | None:
+    """What an adapted module was before; None where it is of a class written for adaptation."""
+    cls = type(module)
+    return cls.base_class if "base_class" in vars(cls) else None
+
+
+def install(
+    module: Any, name: str, adapters: dict[Adapter, tuple[nn.Parameter, nn.Parameter]]
+) -> None:
+    """Give a module, whose class has become an adapted one, the updates of one more name."""
+    state: Adaptation = vars(module).setdefault("_randlora", Adaptation())
+    for adapter, parameters in adapters.items():
+        state.adapters.setdefault(name, {})[adapter.site.parameter] = adapter
+        for key, parameter in zip(adapter.names, parameters, strict=True):
+            module.register_parameter(key, parameter)
+
+
+def uninstall(module: Any, name: str) -> None:
+    """Take the updates of one name away; a module left without any becomes what it was."""
+    state: Adaptation = module._randlora
+    if set(state.adapters) <= {name} and plain_class(module) is not None:
+        remove(module, merge=False)
+        return
+    for adapter in state.adapters.pop(name, {}).values():
+        for key in adapter.names:
+            del module._parameters[key]
+
+
+def unsupported(module: nn.Module, site: Site) -> str | None:
+    """Why a weight cannot be adapted, or None if it can."""
+    kind, name = type(module).__name__, site.parameter
+    weight = module._parameters.get(name)
+    if site.opaque:
+        return None
+    if weight is None:
+        return f"{kind} computes its {name} instead of holding it as a parameter"
+    if nn.parameter.is_lazy(weight):
+        return f"{kind} has no sizes before it is run once"
+    if weight.dtype not in _DTYPES:
+        return f"{kind} has a {name} of {weight.dtype}, which is not floating"
+    if not weight.numel():
+        return f"{kind} has an empty {name}"
+    return None
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def adapted_modules(model: nn.Module) -> dict[str, Any]:
+    """The adapted modules of a model by name.
+
+    Raises:
+        TypeError: if ``model`` is not a module.
+        ValueError: if there are none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
+    if not modules:
+        raise ValueError("model must be adapted, but no layer of it is; see randlora.inject")
+    return modules
+
+
+def weight_name(module: str, parameter: str) -> str:
+    """How messages and tables call an adapted weight: ``weight`` by the name of its module."""
+    parts = [module] * bool(module) + [parameter] * (parameter != "weight")
+    return ".".join(parts) or "the model"
+
+
+def check_adapter_name(adapter: Any) -> str:
+    """``adapter``, if it can be a part of a parameter's name."""
+    if not isinstance(adapter, str):
+        raise TypeError(f"adapter must be a name, got {adapter!r} of type {type(adapter).__name__}")
+    if not re.fullmatch(r"[A-Za-z]\w*", adapter):
+        raise ValueError(
+            f"adapter must be a name of letters, digits and underscores, got {adapter!r}"
+        )
+    return adapter
+
+
+def remove(module: Any, *, merge: bool) -> None:
+    """Make an adapted module plain again, with the active updates in new weights or without."""
+    plain, state = plain_class(module), module._randlora
+    assert plain is not None
+    if merge:
+        for parameter in state.current:
+            base = module._parameters[parameter]
+            weight = nn.Parameter(fold(module, parameter), requires_grad=base.requires_grad)
+            module._parameters[parameter] = weight
+    for adapter in state.all():
+        for name in adapter.names:
+            del module._parameters[name]
+    for name in ("_randlora", "choice"):
+        vars(module).pop(name, None)
+    removed = type(module)._removed
+    module.__class__ = plain
+    removed(module)
