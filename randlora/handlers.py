@@ -79,6 +79,9 @@ class AdaptedRNN(Adapted):
     def _init_flat_weights(self) -> None:
         pass
 
+    def _weights_have_changed(self) -> bool:
+        return False
+
     @staticmethod
     def _removed(module: Any) -> None:
         module._init_flat_weights()

@@ -427,9 +427,7 @@ def test_a_failure_however_late_leaves_the_model_untouched(make, keywords, error
 def test_a_second_injection_is_refused():
     model = inject(Model(), rank=3)
     before = snapshot(model)
-    with pytest.raises(
-        ValueError, match=r"'default' yet, but its layer 'blocks.0.attn.qkv' is"
-    ):
+    with pytest.raises(ValueError, match=r"'default' yet, but its layer 'blocks.0.attn.qkv' is"):
         inject(model, rank=3)
     same(snapshot(model), before)
 

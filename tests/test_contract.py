@@ -1,0 +1,713 @@
+"""What holds for every kind of module that can be adapted, in every situation: one test, a table.
+
+Injection changes nothing; the gradients are those that autograd gives to a dense ``ΔW`` added by
+hand; training, evaluation, merging, copies, ``state_dict`` and unloading agree.
+"""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import randlora
+from randlora import reference
+from randlora.adapters import Adapted, adapted_modules
+
+# --- modules -------------------------------------------------------------------------------------
+
+
+class Twice(nn.Linear):
+    """Reads its weight twice, and by itself."""
+
+    def forward(self, input):
+        return F.linear(input, self.weight, self.bias) + F.linear(2 * input, self.weight)
+
+
+class Scaled(nn.Embedding):
+    def forward(self, input):
+        return 3 * super().forward(input)
+
+
+class Kernel(nn.Module):
+    """A hand-written layer, registered below."""
+
+    def __init__(self, in_, out):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(in_, out) / in_**0.5)
+
+    def forward(self, x):
+        return x @ self.kernel
+
+
+class Experts(nn.Module):
+    """A mixture of experts whose weights it holds itself, and reads once for each expert."""
+
+    def __init__(self, experts=3, d=8, hidden=12):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(experts, hidden, d) / d**0.5)
+        self.down = nn.Parameter(torch.randn(experts, d, hidden) / hidden**0.5)
+
+    def forward(self, x):
+        experts = range(len(self.up))
+        return sum(F.linear(F.gelu(F.linear(x, self.up[e])), self.down[e]) for e in experts)
+
+
+class Opaque(nn.Module):
+    """A linear layer whose weight is not to be read: eight bits and a scale."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("codes", torch.randint(-128, 128, (out_features, in_features)).char())
+
+    def forward(self, x):
+        return F.linear(x, self.codes.to(x.dtype) / 500)
+
+
+randlora.register(Kernel, "kernel", transposed=True)
+randlora.register(Opaque)
+
+
+class Call(nn.Module):
+    """A module, called in some way."""
+
+    def __init__(self, inner, call):
+        super().__init__()
+        self.inner, self.call = inner, call
+
+    def forward(self, *inputs):
+        return self.call(self.inner, *inputs)
+
+
+class Shared(nn.Module):
+    """One layer by two names, used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(8, 8)
+        self.other = self.one
+
+    def forward(self, x):
+        return self.other(F.gelu(self.one(x)))
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the output head's."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.body = nn.Embedding(20, 8), nn.Linear(8, 8)
+        self.out = nn.Linear(8, 20, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.out(self.body(self.embed(tokens)))
+
+
+class Hooked(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(8, 12))
+        self[0].register_forward_pre_hook(double)
+        self[0].register_forward_hook(negative)
+
+
+def double(module, inputs):
+    return (2 * inputs[0],)
+
+
+def negative(module, inputs, output):
+    return -output
+
+
+class Normed(nn.Sequential):
+    """A parametrized layer, which is left alone, before one that is adapted."""
+
+    def __init__(self):
+        normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        super().__init__(normed, nn.Linear(8, 8))
+
+
+def recomputed(inner, x):
+    return checkpoint(inner, x, use_reentrant=False)
+
+
+def packed(inner, x):
+    lengths = torch.tensor([5, 2])
+    rows = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+    return inner(rows)[0].data
+
+
+PADDING = torch.tensor([[False, False, False, False, True], [False] * 5])
+CAUSAL = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
+
+
+def attend(inner, x, *more, **keywords):
+    output, weights = inner(x, *(more or (x, x)), **keywords)
+    parts = (output, output) if weights is None else (output, weights)
+    return torch.cat([part.flatten() for part in parts])
+
+
+def attention(**keywords):
+    return partial(attend, **keywords)
+
+
+def cell(inner, x, h, c):
+    return torch.cat(inner(x, (h, c)))
+
+
+def unpadded(inner, x):
+    """What an encoder gives where nothing is padded: elsewhere its ways differ."""
+    output = inner(x, src_key_padding_mask=PADDING)
+    return output[~PADDING[:, : output.shape[1]]]
+
+
+def encoder(layers=2, **keywords):
+    layer = nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True, **keywords)
+    nested = not keywords.get("norm_first", False)
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=nested)
+
+
+def decoder_layer():
+    return nn.TransformerDecoderLayer(8, 2, 12, 0.0, batch_first=True)
+
+
+def first(inner, *inputs):
+    return inner(*inputs)[0]
+
+
+def channels_last(inner, x):
+    return inner(x.to(memory_format=torch.channels_last))
+
+
+def conv_last():
+    return nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def normal(*shape):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def tokens(*shape, high=20):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(high, shape, generator=generator)
+
+
+X = normal(2, 5, 8)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A module, its inputs, what is to be adapted, and how its parameters are laid out."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    inputs: tuple[torch.Tensor, ...] = (X,)
+    adapted: tuple[str, ...] = ("weight",)
+    call: Callable[..., Any] | None = None
+    keywords: dict[str, Any] = field(default_factory=dict)
+    transposed: bool = False
+    opaque: Callable[[nn.Module], torch.Tensor] | None = None  # the weight it stands for
+    dtype: torch.dtype = torch.float64
+    pickles: bool = True  # what is not adapted pickles without a warning
+
+
+ATTENTION = ("in_proj_weight", "out_proj.weight")
+APART = ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
+MLP = ("linear1.weight", "linear2.weight")
+LAYER = (*(f"self_attn.{n}" for n in ATTENTION), *MLP)
+CROSS = (*(f"multihead_attn.{n}" for n in ATTENTION),)
+DECODER = (*LAYER[:2], *CROSS, *MLP)
+
+
+def within(prefix, names):
+    return tuple(f"{prefix}.{name}" for name in names)
+
+
+def recurrent(*suffixes):
+    return tuple(f"weight_{kind}_{suffix}" for suffix in suffixes for kind in ("ih", "hh"))
+
+
+def heads(**keywords):
+    return lambda: nn.MultiheadAttention(8, 2, batch_first=True, **keywords)
+
+
+def quantised_dynamic():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 12)))
+
+
+def quantised_weight():
+    quantization = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(64, 32, dtype=torch.float32))
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    return model
+
+
+def gpt(in_, out):
+    def make():
+        return pytest.importorskip("transformers.pytorch_utils").Conv1D(out, in_)
+
+    return make
+
+
+EMBED = {"target_modules": [r".*|"]}
+STACK = {"target_parameters": ["up", "down"]}
+
+ROWS = [
+    Row("linear, tall", lambda: nn.Linear(8, 20)),
+    Row("linear, wide", lambda: nn.Linear(8, 5)),
+    Row("linear, square", lambda: nn.Linear(8, 8, bias=False)),
+    Row("linear, rank of one", lambda: nn.Linear(8, 8), keywords={"rank": 1}),
+    Row("linear, alpha", lambda: nn.Linear(8, 12), keywords={"alpha": 7.0}),
+    Row("linear, few bases", lambda: nn.Linear(8, 12), keywords={"num_bases": 1}),
+    Row("linear, isometric", lambda: nn.Linear(8, 12), keywords={"basis": "isometric"}),
+    Row("linear, sparse", lambda: nn.Linear(8, 12), keywords={"basis": "sparse"}),
+    Row("linear, very sparse", lambda: nn.Linear(8, 12), keywords={"basis": "very_sparse"}),
+    Row("linear, float32", lambda: nn.Linear(8, 12), dtype=torch.float32),
+    Row("linear that reads its weight", lambda: Twice(8, 12)),
+    Row("linear by two names", Shared, adapted=("one.weight",)),
+    Row("linear with hooks", Hooked, adapted=("0.weight",)),
+    Row("linear recomputed in backward", lambda: nn.Linear(8, 12), call=recomputed),
+    Row("linear after a parametrized one", Normed, adapted=("1.weight",), pickles=False),
+    Row("linear tied to an embedding", Tied, (tokens(2, 5),), ("body.weight",)),
+    Row(
+        "tied embedding, its head adapted",
+        Tied,
+        (tokens(2, 5),),
+        ("out.weight",),
+        keywords={"target_modules": "out"},
+    ),
+    Row(
+        "tied embedding, adapted",
+        Tied,
+        (tokens(2, 5),),
+        ("embed.weight",),
+        keywords={"target_modules": "embed"},
+    ),
+    Row("attention", heads(), adapted=ATTENTION, call=attention()),
+    Row("attention, no weights", heads(), (X,), ATTENTION, attention(need_weights=False)),
+    Row(
+        "attention, padded",
+        heads(),
+        (X,),
+        ATTENTION,
+        attention(key_padding_mask=PADDING.double().mul(-9)),
+    ),
+    Row(
+        "attention, masked",
+        heads(),
+        (X,),
+        ATTENTION,
+        attention(attn_mask=CAUSAL, need_weights=False),
+    ),
+    Row("attention, no bias", heads(bias=False), (X,), ATTENTION, attention()),
+    Row(
+        "attention, more keys",
+        heads(add_bias_kv=True, add_zero_attn=True),
+        (X,),
+        ATTENTION,
+        attention(),
+    ),
+    Row("attention across", heads(), (X, normal(2, 3, 8), normal(2, 3, 8)), ATTENTION, attention()),
+    Row(
+        "attention of three sizes",
+        heads(kdim=6, vdim=10),
+        (X, normal(2, 3, 6), normal(2, 3, 10)),
+        APART,
+        attention(),
+    ),
+    Row(
+        "attention, sequence first",
+        lambda: nn.MultiheadAttention(8, 2),
+        (X,),
+        ATTENTION,
+        attention(),
+    ),
+    Row(
+        "attention, part of it",
+        heads(),
+        (X,),
+        ATTENTION[1:],
+        attention(),
+        {"target_modules": "out_proj"},
+    ),
+    Row(
+        "encoder layer",
+        lambda: nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True),
+        adapted=LAYER,
+    ),
+    Row(
+        "encoder layer, norm first",
+        lambda: nn.TransformerEncoderLayer(
+            8, 2, 12, 0.0, "gelu", norm_first=True, batch_first=True
+        ),
+        adapted=LAYER,
+    ),
+    Row("encoder", encoder, adapted=tuple(f"layers.{i}.{n}" for i in (0, 1) for n in LAYER)),
+    Row(
+        "encoder, nested by its padding",
+        encoder,
+        (X,),
+        tuple(f"layers.{i}.{n}" for i in (0, 1) for n in LAYER),
+        unpadded,
+    ),
+    Row(
+        "encoder, norm first, padded",
+        lambda: encoder(norm_first=True),
+        (X,),
+        tuple(f"layers.{i}.{n}" for i in (0, 1) for n in LAYER),
+        unpadded,
+    ),
+    Row("decoder layer", decoder_layer, (X, normal(2, 3, 8)), DECODER),
+    Row(
+        "transformer",
+        lambda: nn.Transformer(8, 2, 1, 1, 12, 0.0, batch_first=True),
+        (X, normal(2, 3, 8)),
+        (*within("encoder.layers.0", LAYER), *within("decoder.layers.0", DECODER)),
+    ),
+    Row("convolution 1d", lambda: nn.Conv1d(5, 7, 3, padding=1), (X,)),
+    Row("convolution 1d, wide", lambda: nn.Conv1d(5, 40, 3), (X,)),
+    Row("convolution 2d", lambda: nn.Conv2d(4, 6, 3, stride=2), (normal(2, 4, 7, 7),)),
+    Row("convolution 2d, groups", lambda: nn.Conv2d(4, 6, 3, groups=2), (normal(2, 4, 5, 5),)),
+    Row(
+        "convolution 2d, depthwise, circular",
+        lambda: nn.Conv2d(4, 4, 3, groups=4, padding=1, padding_mode="circular"),
+        (normal(2, 4, 5, 5),),
+    ),
+    Row("convolution 2d, channels last", conv_last, (normal(2, 4, 5, 5),), call=channels_last),
+    Row("convolution 3d", lambda: nn.Conv3d(2, 3, 2, dilation=2), (normal(1, 2, 4, 4, 4),)),
+    Row("transposed convolution 1d", lambda: nn.ConvTranspose1d(5, 3, 3), (X,)),
+    Row(
+        "transposed convolution 2d, groups",
+        lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2),
+        (normal(2, 4, 5, 5),),
+    ),
+    Row("transposed convolution 3d", lambda: nn.ConvTranspose3d(3, 2, 2), (normal(1, 3, 3, 3, 3),)),
+    Row("embedding", lambda: nn.Embedding(20, 8), (tokens(2, 5),), keywords=EMBED),
+    Row("embedding, many tokens", lambda: nn.Embedding(20, 8), (tokens(5, 9),), keywords=EMBED),
+    Row("embedding, wide", lambda: nn.Embedding(6, 8), (tokens(4, high=6),), keywords=EMBED),
+    Row(
+        "embedding, padded",
+        lambda: nn.Embedding(20, 8, padding_idx=tokens(2, 5)[0, 0].item()),
+        (tokens(2, 5),),
+        keywords=EMBED,
+    ),
+    Row("embedding with a forward", lambda: Scaled(20, 8), (tokens(2, 5),), keywords=EMBED),
+    *(
+        Row(
+            f"embedding, {kind}",
+            lambda: nn.Embedding(90, 30),
+            (tokens(2, 5, high=90),),
+            keywords={**EMBED, "basis": kind},
+        )
+        for kind in ("sparse", "very_sparse", "isometric")
+    ),
+    Row("lstm", lambda: nn.LSTM(8, 6, batch_first=True), (X,), recurrent("l0"), first),
+    Row(
+        "lstm, deep, both ways",
+        lambda: nn.LSTM(8, 6, 2, bidirectional=True),
+        (X,),
+        recurrent("l0", "l0_reverse", "l1", "l1_reverse"),
+        first,
+    ),
+    Row(
+        "lstm, projected",
+        lambda: nn.LSTM(8, 6, proj_size=4),
+        (X,),
+        (*recurrent("l0"), "weight_hr_l0"),
+        first,
+    ),
+    Row("lstm, packed", lambda: nn.LSTM(8, 6, batch_first=True), (X,), recurrent("l0"), packed),
+    Row("gru", lambda: nn.GRU(8, 6, bias=False), (X,), recurrent("l0"), first),
+    Row("rnn", lambda: nn.RNN(8, 6, nonlinearity="relu"), (X,), recurrent("l0"), first),
+    Row(
+        "lstm cell",
+        lambda: nn.LSTMCell(8, 6),
+        (X[0], normal(5, 6), normal(5, 6)),
+        ("weight_ih", "weight_hh"),
+        cell,
+    ),
+    Row("gru cell", lambda: nn.GRUCell(8, 6), (X[0], normal(5, 6)), ("weight_ih", "weight_hh")),
+    Row("conv1d of transformers, tall", gpt(8, 20), transposed=True),
+    Row("conv1d of transformers, wide", gpt(8, 5), transposed=True),
+    Row("conv1d of transformers, square", gpt(8, 8), transposed=True),
+    Row("registered", lambda: Kernel(8, 12), adapted=("kernel",), transposed=True),
+    Row("experts", Experts, adapted=("up", "down"), keywords=STACK),
+    Row(
+        "experts, one of two",
+        Experts,
+        adapted=("down",),
+        keywords={"target_parameters": r".*down|down", "rank": {"down": 2}},
+    ),
+    Row(
+        "opaque, registered",
+        lambda: Opaque(8, 12),
+        opaque=lambda module: module.codes.double() / 500,
+    ),
+    Row(
+        "opaque, torch.ao dynamic int8",
+        quantised_dynamic,
+        (X.float(),),
+        ("0.weight",),
+        opaque=lambda module: module[0].weight().dequantize(),
+        dtype=torch.float32,
+        pickles=False,
+    ),
+    Row(
+        "opaque, torchao int8 weights",
+        quantised_weight,
+        (normal(2, 5, 64).float(),),
+        ("0.weight",),
+        opaque=lambda module: module[0]._parameters["weight"].dequantize(),
+        dtype=torch.float32,
+        pickles=False,
+    ),
+]
+
+# --- the test ------------------------------------------------------------------------------------
+
+
+def make(row):
+    torch.manual_seed(0)
+    module = row.make()
+    module = module if row.opaque else module.to(row.dtype)
+    for m in module.modules():  # biases that start at zero would hide a mistake
+        if isinstance(m, nn.MultiheadAttention) and m.in_proj_bias is not None:
+            nn.init.normal_(m.in_proj_bias)
+    # Frozen, because torch brackets products with weights that require gradients otherwise.
+    return Call(module, row.call or nn.Module.__call__).train().requires_grad_(False)
+
+
+def inject(row, model):
+    keywords = {"rank": 3, **row.keywords}
+    if "target_parameters" in keywords:
+        keywords["target_modules"] = []
+    elif "target_modules" not in keywords:
+        keywords["target_modules"] = r".*"
+        keywords["exclude_modules"] = embeddings(model)
+    return randlora.inject(model, **keywords)
+
+
+def embeddings(model):
+    return lambda name, module: (
+        isinstance(module, nn.Embedding | nn.Linear)
+        and (isinstance(module, nn.Embedding) or name.endswith("out"))
+    )
+
+
+def shuffled(model):
+    """Give every update random numbers, and return these by name."""
+    generator = torch.Generator().manual_seed(2)
+    numbers = {}
+    for name, parameter in model.named_parameters():
+        if name.endswith(("randlora_lambda", "randlora_gamma")):
+            with torch.no_grad():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            numbers[name] = parameter
+    return numbers
+
+
+def inputs_of(row, requires_grad=False):
+    return tuple(
+        x.detach().to(row.dtype, copy=True).requires_grad_(requires_grad)
+        if x.is_floating_point()
+        else x
+        for x in row.inputs
+    )
+
+
+def by_hand(row, plain, model, numbers):
+    """Each adapted parameter with a dense ``ΔW`` from the oracle, and the numbers it is made of."""
+    leaves = {n: t.detach().double().requires_grad_() for n, t in numbers.items()}
+    replaced = {}
+    for name in row.adapted:
+        path, _, parameter = f"inner.{name}".rpartition(".")
+        module = model.get_submodule(path)
+        adapter = module._randlora.adapters["default"][parameter]
+        lam, gamma = (leaves[f"{path}.{own}"] for own in adapter.names)
+        r, p, q, m = adapter.sizes
+        a, b = adapter.bank.a(r, p).double(), adapter.bank.b(q, m, torch.float64)
+        if row.opaque:
+            shape = row.opaque(plain.inner).shape
+        else:
+            shape = plain.get_parameter(f"inner.{name}").shape
+        stack = len(shape) == 3 and "target_parameters" in row.keywords
+        rows, columns = shape[-2:] if stack else (shape[0], shape[1:].numel())
+        out, in_ = (columns, rows) if row.transposed else (rows, columns)
+
+        def one(lam, gamma, out=out, in_=in_, a=a, b=b, scaling=adapter.settings.scaling):
+            return reference.delta_weight(a, b, lam, gamma, scaling=scaling, wide=out < in_)
+
+        pairs = zip(lam, gamma, strict=True) if stack else [(lam, gamma)]
+        deltas = [one(*pair).T if row.transposed else one(*pair) for pair in pairs]
+        delta = (torch.stack(deltas) if stack else deltas[0]).view(shape)
+        padding = getattr(plain.get_submodule(path), "padding_idx", None)
+        if padding is not None:
+            delta = delta.index_fill(0, torch.tensor(padding), 0)
+        replaced[f"inner.{name}"] = delta
+    return leaves, replaced
+
+
+def call_plain(row, plain, deltas, inputs):
+    if row.opaque:
+        y = plain(*inputs).detach() + F.linear(
+            inputs[0], row.opaque(plain.inner).to(row.dtype) * 0
+        )  # the value of the base as it is
+        weight = row.opaque(plain.inner).to(row.dtype)
+        straight = F.linear(inputs[0], weight)
+        (delta,) = deltas.values()
+        return y + (straight - straight.detach()) + F.linear(inputs[0], delta.to(row.dtype))
+    weights = {
+        name: plain.get_parameter(name).detach() + delta.to(row.dtype)
+        for name, delta in deltas.items()
+    }
+    if row.call is recomputed:  # when the weights are back
+        plain.call = nn.Module.__call__
+    return torch.func.functional_call(plain, weights, inputs, tie_weights=False)
+
+
+def loss_of(y):
+    generator = torch.Generator().manual_seed(3)
+    return (y * torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)).sum()
+
+
+def close(got, want, row):
+    eps = torch.finfo(row.dtype).eps
+    size = want.abs().max().clamp_min(1e-3)
+    return bool((got - want).abs().max() <= 1000 * eps * size)  # sums of some hundred terms
+
+
+def state(model):
+    return {n: copy.copy(t) for n, t in model.state_dict().items()}
+
+
+def same_state(one, other):
+    def equal(a, b):
+        return a is b or not isinstance(a, torch.Tensor) or torch.equal(dense(a), dense(b))
+
+    return list(one) == list(other) and all(equal(one[name], other[name]) for name in one)
+
+
+def dense(tensor):
+    return tensor.dequantize() if hasattr(tensor, "tensor_data_names") else tensor
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype:UserWarning")
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+def test_the_contract(row):
+    plain, model = make(row), make(row)
+    x = inputs_of(row)
+    with torch.no_grad():
+        before = {mode: model.train(mode)(*x) for mode in (True, False)}
+    output, classes = before[True], [type(m) for m in model.modules()]
+    before_state = state(model)
+
+    # Injection changes no output, and adapts what it is to.
+    assert inject(row, model) is model
+    with torch.no_grad():
+        for mode in (True, False):
+            assert torch.equal(model.train(mode)(*x), before[mode])
+    adapted = {
+        f"{name}.{parameter}"
+        for name, module in adapted_modules(model).items()
+        for parameter in module._randlora.current
+    }
+    assert adapted == {f"inner.{name}" for name in row.adapted}
+
+    # Outputs and gradients are those of a dense update added by hand, of the input's too.
+    if row.dtype == torch.float64:
+        model.double()  # the numbers trained too
+    numbers = shuffled(model)
+    leaves, deltas = by_hand(row, plain, model, numbers)
+    for training in (True, False):
+        inputs = inputs_of(row, True)
+        want = call_plain(row, plain.train(training), deltas, inputs)
+        wanted = [*leaves.values(), *(t for t in inputs if t.requires_grad)]
+        want_grads = torch.autograd.grad(loss_of(want), wanted, retain_graph=True)
+        inputs = inputs_of(row, True)
+        got = model.train(training)(*inputs)
+        assert close(got, want, row)
+        asked = [*numbers.values(), *(t for t in inputs if t.requires_grad)]
+        loss_of(got).backward()
+        for tensor, want_grad in zip(asked, want_grads, strict=True):
+            assert tensor.grad.isfinite().all()
+            assert tensor.grad.count_nonzero()
+            assert close(tensor.grad.double(), want_grad.double(), row)
+            tensor.grad = None
+    assert not any(t.grad is not None for t in model.parameters())
+    assert not close(want.detach(), output, row)
+
+    # Training, evaluation and all ways of recording agree.
+    ways = []
+    for training in (True, False):
+        for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with context():
+                ways.append(model.train(training)(*x).clone())
+    assert all(close(way, want, row) for way in ways)
+
+    # So do copies, and what loads the state.
+    model.eval()
+    with torch.no_grad():
+        want = model(*x)
+        copies = [copy.deepcopy(model)]
+        if row.pickles:
+            copies.append(pickle.loads(pickle.dumps(model)))
+        for copied in copies:
+            assert torch.equal(copied(*x), want)
+            assert [type(m) for m in copied.modules()] == [type(m) for m in model.modules()]
+        other = inject(row, make(row).eval())
+        if not row.opaque:
+            other.to(row.dtype)
+            other.load_state_dict(model.state_dict())
+            assert torch.equal(other(*x), want)
+
+    # Disabled it is as it was, merged it computes the same, and can be neither twice.
+    adapted_state = state(model)
+    with torch.no_grad():
+        with randlora.disabled(model):
+            assert torch.equal(model(*x), before[False])
+        if row.opaque:
+            with pytest.raises(TypeError, match="cannot be merged"):
+                randlora.merge(model)
+            with pytest.raises(TypeError, match="cannot be merged"):
+                randlora.unload(model, merge=True)
+        else:
+            for _ in range(2):
+                merged = randlora.merge(model)(*x)
+                assert close(merged, want, row)
+                with randlora.disabled(model):
+                    assert torch.equal(model(*x), before[False])
+            assert same_state(state(model), adapted_state)
+            folded = randlora.unload(copy.deepcopy(model), merge=True)
+            assert [type(m) for m in folded.modules()] == classes
+            assert torch.equal(folded(*x), merged)
+            randlora.unmerge(model)
+        assert torch.equal(model(*x), want)
+        assert same_state(state(model), adapted_state)
+
+        # And unloaded it is what it was.
+        assert randlora.unload(model) is model
+        assert [type(m) for m in model.modules()] == classes
+        assert not any(isinstance(m, Adapted) or "_randlora" in vars(m) for m in model.modules())
+        assert torch.equal(model(*x), before[False])
+        assert same_state(state(model), before_state)
+        if row.pickles:
+            assert torch.equal(pickle.loads(pickle.dumps(model))(*x), before[False])
+
+
+def test_the_table_is_as_long_as_was_asked():
+    assert len({row.name for row in ROWS}) == len(ROWS) >= 40
