@@ -271,9 +271,8 @@ def by_hand(case, model):
             stack = "target_parameters" in case.keywords and len(shape) == 3
             transposed = type(module).base_class.__name__ == "Conv1D"
             rows, columns = shape[-2:] if stack else (shape[0], shape[1:].numel())
-            wide = (rows < columns) != transposed
-            if transposed and rows == columns:
-                wide = True  # the matrix is the transpose of the stored one, and not wide
+            # Stored is the transpose of a square matrix, which is not wide.
+            wide = rows < columns or (transposed and rows == columns)
             make = partial(reference.delta_weight, a, b, wide=wide)
             deltas = [make(*each) for each in (zip(*pair, strict=True) if stack else [pair])]
             delta = torch.stack(deltas) if stack else deltas[0]
