@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ClassVar
@@ -41,6 +41,7 @@ __all__ = [
     "install",
     "plain_class",
     "remove",
+    "reset",
     "uninstall",
     "unsupported",
     "weight_name",
@@ -443,7 +444,19 @@ def _make_class(base: Any, mixin: type[Adapted], names: frozenset[str]) -> Any:
     )
     if adapts is None or base.forward is not adapts.forward:
         made.forward = _once(made, base)
+    for name in ("reset_parameters", "_reset_parameters"):
+        if hasattr(base, name):
+            setattr(made, name, _anew(made, name))
     return made
+
+
+def _anew(made: Any, name: str) -> Any:
+    """``reset_parameters``, by whichever name, of the frozen weights."""
+
+    def draw(self: Any) -> None:
+        reset(self, getattr(super(made, self), name))
+
+    return draw
 
 
 def _property(name: str) -> property:
@@ -487,6 +500,21 @@ def plain_class(module: Adapted) -> type[nn.Module] | None:
     """What an adapted module was before; None where it is of a class written for adaptation."""
     cls = type(module)
     return cls.base_class if "base_class" in vars(cls) else None
+
+
+def reset(module: Any, draw: Callable[[], None]) -> None:
+    """Have ``draw`` draw the weights of a module anew, the frozen ones; updates start anew too."""
+    state: Adaptation | None = vars(module).get("_randlora")
+    if state is None:  # the module's own __init__ is still at work
+        draw()
+        return
+    enabled, state.enabled = state.enabled, False
+    try:
+        draw()
+    finally:
+        state.enabled = enabled
+    for adapter in state.all():
+        adapter.reset(*adapter.parameters(module))
 
 
 def install(

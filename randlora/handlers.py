@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from randlora.adapters import Adapted, Site, effective, unsupported
+from randlora.adapters import Adapted, Site, effective, reset, unsupported
 from randlora.functional import effective_weight, randlora_linear
 from randlora.kernel import autocast_dtype
 from randlora.layers import RandLoRALinear, linear_site, taken
@@ -38,6 +38,10 @@ class RandLoRAEmbedding(Adapted, nn.Embedding):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The effective weight, ``(num_embeddings, embedding_dim)``."""
         return effective(self, "weight")
+
+    def reset_parameters(self) -> None:
+        """Draw the base weight anew, and set every update back to its start."""
+        reset(self, super().reset_parameters)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows of ``W0 + ΔW``, shape ``(..., embedding_dim)``."""

@@ -105,7 +105,8 @@ def inject(
         TypeError: if an argument is of the wrong type, or a name matches a module that is not
             supported.
         ValueError: if a value is out of range, a pattern matches nothing, no layer is left to
-            adapt, a layer is on the meta device, or the model has an adapter of this name already.
+            adapt, a layer is lazy or on the meta device, or the model has an adapter of this name
+            already.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
@@ -127,6 +128,12 @@ def inject(
                 )
             active = module._randlora.active
             banks += [other.bank for other in module._randlora.all()]
+
+        if any(map(nn.parameter.is_lazy, module._parameters.values())):
+            raise ValueError(
+                f"model must have all its sizes, but {aliases[0]!r}, a {type(module).__name__}, "
+                "has none before it is run; run the model once"
+            )
 
     supported = _supported(names)
     heads = _output_heads(model, names, supported)

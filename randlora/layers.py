@@ -21,6 +21,7 @@ from randlora.adapters import (
     delta,
     effective,
     install,
+    reset,
     unsupported,
 )
 from randlora.bases import BasisBank
@@ -275,10 +276,7 @@ class RandLoRALinear(Adapted, nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draw the base weight and bias anew, and set every update back to its start."""
-        super().reset_parameters()
-        if "_randlora" in vars(self):  # else nn.Linear.__init__ is still at work
-            for adapter in self._randlora.all():
-                adapter.reset(*adapter.parameters(self))
+        reset(self, super().reset_parameters)
 
     def extra_repr(self) -> str:
         """Add what is particular to the update to the line of ``nn.Linear``."""

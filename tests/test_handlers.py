@@ -1,0 +1,441 @@
+"""What the contract leaves open: what is refused, chosen, registered, and what is computed."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import randlora
+from randlora import adapters, handlers, inject, rank_report, register, summary
+from randlora.adapters import adapted_modules
+from tests.test_contract import ROWS, Experts, Opaque, Scaled, inputs_of, loss_of, make, shuffled
+from tests.test_contract import inject as inject_row
+
+
+class Held(nn.Module):
+    """Parameters of many shapes, held by a module of no known class."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix, self.stack = (
+            nn.Parameter(torch.randn(6, 8)),
+            nn.Parameter(torch.randn(2, 6, 8)),
+        )
+        self.vector = nn.Parameter(torch.randn(8))
+        self.codes = nn.Parameter(torch.zeros(6, 8, dtype=torch.int8), requires_grad=False)
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return F.linear(self.linear(x), self.matrix).sum() + F.linear(x, self.stack[1]).sum()
+
+
+def parts(model):
+    return {n: type(m) for n, m in model.named_modules()}, list(model.state_dict())
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def scripted():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that TorchScript is deprecated
+        return torch.jit.script(nn.Linear(8, 8))
+
+
+def normed(kind):
+    return lambda: kind(nn.Linear(8, 8))
+
+
+def old_weight_norm():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(nn.Conv1d(8, 8, 3))
+
+
+def with_forward(module):
+    module.forward = module.forward
+    return module
+
+
+def quantised(weight):
+    linear = nn.Linear(8, 8)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def empty():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.Conv1d(8, 0, 3)
+
+
+PARAMETRIZED = nn.utils.parametrizations
+
+REFUSED = {
+    "bilinear": (lambda: nn.Bilinear(3, 4, 5), "Bilinear is bilinear in two inputs"),
+    "embedding bag": (lambda: nn.EmbeddingBag(9, 4), "EmbeddingBag adds up rows"),
+    "norm": (lambda: nn.LayerNorm(8), "LayerNorm is of no class .* randlora.register"),
+    "scripted": (scripted, "RecursiveScriptModule is compiled by TorchScript"),
+    "weight norm": (normed(PARAMETRIZED.weight_norm), "ParametrizedLinear computes its weight"),
+    "spectral norm": (normed(PARAMETRIZED.spectral_norm), "ParametrizedLinear computes its weight"),
+    "old weight norm": (old_weight_norm, "Conv1d computes its weights"),
+    "complex": (lambda: nn.Conv1d(4, 4, 3, dtype=torch.complex64), "weight of torch.complex64"),
+    "float8": (lambda: nn.Conv1d(4, 4, 3).to(torch.float8_e4m3fn), "weight of torch.float8_e4m3fn"),
+    "max norm": (lambda: nn.Embedding(9, 4, max_norm=1.0), "Embedding has max_norm"),
+    "by frequency": (lambda: nn.Embedding(9, 4, scale_grad_by_freq=True), "scale_grad_by_freq"),
+    "empty": (empty, "Conv1d has an empty weight"),
+    "opaque, forward of its own": (lambda: with_forward(Opaque(8, 8)), "forward that is bound"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_adapted_is_refused_by_name_and_untouched(name):
+    build, message = REFUSED[name]
+    model = nn.ModuleDict({"one": nn.Linear(8, 8), "it": build()})
+    before = parts(model)
+    with pytest.raises(TypeError, match=f"'it', but .*{message}"):
+        inject(model, rank=2, target_modules=["one", "it"])
+    assert parts(model) == before
+    assert all(p.requires_grad for p in model["one"].parameters())
+    inject(model, rank=2)  # unasked it is left out
+    assert list(adapted_modules(model)) == ["one"]
+
+
+@pytest.mark.parametrize("build", [lambda: nn.LazyLinear(8), lambda: nn.LazyConv2d(8, 3)])
+def test_a_model_without_sizes_is_refused_until_it_has_run(build):
+    model = nn.ModuleDict({"one": nn.Linear(8, 8), "it": build()})
+    with pytest.raises(ValueError, match=r"'it', a Lazy.*, has none before it is run"):
+        inject(model, rank=2)
+    assert type(model["one"]) is nn.Linear
+    assert model["one"].weight.requires_grad
+    model["it"](torch.randn(2, 4, 8, 8))
+    assert list(adapted_modules(inject(model, rank=2))) == ["one", "it"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("vector", "'vector', but vector of Held is neither a matrix nor a stack"),
+        ("codes", "'codes', but Held has a codes of torch.int8"),
+        ("bias", "'linear.bias', but bias of Linear is neither"),
+    ],
+)
+def test_parameters_that_cannot_be_adapted_are_refused_by_name(pattern, message):
+    model = Held()
+    before = parts(model)
+    with pytest.raises(TypeError, match=message):
+        inject(model, rank=2, target_parameters=["matrix", pattern])
+    assert parts(model) == before
+
+
+def test_a_parameter_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"'matrx' matches no parameter .* close to it: 'matrix'"):
+        inject(Held(), rank=2, target_parameters="matrx")
+
+
+def test_an_opaque_layer_without_a_gradient_says_so():
+    class Detached(Opaque):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    layer = inject(Detached(8, 8), rank=2)
+    layer(torch.randn(3, 8)).sum().backward()
+    assert layer.randlora_gamma.grad.count_nonzero()
+    with pytest.raises(RuntimeError, match="Detached gives no gradient to its input"):
+        layer(torch.randn(3, 8, requires_grad=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((Held(), "matrix"), "cls must be a class of modules, got Held"),
+        ((int, "matrix"), "cls must be a class of modules, got <class 'int'>"),
+        ((Held, 3), "parameters must be names, got 3 of type int"),
+    ],
+)
+def test_registering_what_is_no_class_or_name_is_refused(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        register(*arguments)
+    assert Held not in handlers._TABLE
+
+
+# --- what is adapted -----------------------------------------------------------------------------
+
+
+def test_embeddings_are_adapted_only_where_they_are_meant():
+    def model():
+        return nn.ModuleDict(
+            {"body": nn.ModuleDict({"e": nn.Embedding(9, 4), "l": nn.Linear(4, 4)})}
+        )
+
+    for target, expected in [
+        (None, ["body.l"]),
+        ("body", ["body.l"]),
+        (lambda name, module: True, ["body.l"]),
+        ("e", ["body.e"]),
+        (["body.e", "l"], ["body.e", "body.l"]),
+        (r"body\..*", ["body.e", "body.l"]),
+    ]:
+        adapted = inject(model(), rank=2, target_modules=target)
+        assert list(adapted_modules(adapted)) == expected
+
+
+def test_parameters_are_adapted_where_they_are_named_beside_the_layers():
+    model = inject(Held(), rank=2, target_parameters=["stack", "matrix", "linear.weight"])
+    assert [layer.name for layer in summary(model).layers] == ["stack", "matrix", "linear"]
+    only = inject(Held(), rank={"stack": 3}, target_modules=[], target_parameters="stack")
+    assert [(layer.name, layer.rank, layer.stack) for layer in summary(only).layers] == [
+        ("stack", 3, 2)
+    ]
+    assert {n for n, p in only.named_parameters() if p.requires_grad} == {
+        "stack_randlora_lambda",
+        "stack_randlora_gamma",
+    }
+
+
+def test_a_subclass_has_the_handler_of_its_class():
+    class Wider(nn.Conv2d):
+        pass
+
+    model = inject(nn.Sequential(Wider(3, 4, 3), Scaled(9, 4)), rank=2, target_modules=["0", "1"])
+    assert isinstance(model[0], Wider)
+    assert isinstance(model[1], handlers.RandLoRAEmbedding)
+    assert [m.base_class for m in model] == [Wider, Scaled]
+
+
+def test_ranks_and_tables_of_all_kinds():
+    model = nn.ModuleDict(
+        {"a": nn.MultiheadAttention(8, 2), "c": nn.Conv1d(5, 6, 3), "x": Experts()}
+    )
+    inject(model, rank=4, basis="isometric", target_parameters=["up"])
+    found = {layer.name: layer for layer in summary(model).layers}
+    assert {n: (x.out_features, x.in_features, x.stack) for n, x in found.items()} == {
+        "a.in_proj_weight": (24, 8, 0),
+        "a.out_proj": (8, 8, 0),
+        "c": (6, 15, 0),
+        "x.up": (12, 8, 3),
+    }
+    assert "3 x 12 x 8" in str(summary(model))
+    assert "weight, whenever it is read" in str(summary(model, tokens=9))
+    shuffled(model)
+    ranks = {layer.name: (layer.rank, layer.full_rank) for layer in rank_report(model)}
+    assert ranks == {
+        "a.in_proj_weight": (8, 8),
+        "a.out_proj": (8, 8),
+        "c": (6, 6),
+        **{f"x.up[{e}]": (8, 8) for e in range(3)},
+    }
+    one = next(layer for layer in rank_report(model) if layer.name == "x.up[1]")
+    module, adapter = model["x"], model["x"]._randlora.current["up"]
+    exact = torch.linalg.svdvals(adapters.delta(module, adapter, torch.float64)[1])
+    assert one.certified
+    torch.testing.assert_close(one.singular_values, exact, rtol=1e-6, atol=1e-6)
+
+
+def test_the_summary_says_why_a_head_is_left_out():
+    model = nn.ModuleDict({"e": nn.Embedding(9, 4), "body": nn.Linear(4, 4), "o": nn.Linear(4, 9)})
+    model["o"].weight = model["e"].weight
+    found = summary(inject(model, rank=2))
+    assert found.left_out == {"o": "output head: its weight is an embedding's too"}
+    assert "left out: o (output head: its weight is an embedding's too)" in str(found)
+    some = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(3, 4, 1), nn.Linear(4, 4))
+    found = summary(inject(some, rank=2, target_modules="0"))
+    assert found.left_out == {"1": "not a target", "2": "not a target"}
+    assert "left out: 2 more that could be adapted" in str(found)
+
+
+# --- what is computed ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def formed(monkeypatch):
+    """The shapes of the effective weights that are formed."""
+    shapes, whole = [], adapters.effective_weight
+
+    def record(weight, *args, **keywords):
+        shapes.append(tuple(weight.shape))
+        return whole(weight, *args, **keywords)
+
+    monkeypatch.setattr(adapters, "effective_weight", record)
+    monkeypatch.setattr(handlers, "effective_weight", record)
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("row", "shapes"),
+    [
+        ("attention", [(24, 8), (8, 8)]),
+        ("attention of three sizes", [(8, 8), (8, 6), (8, 10), (8, 8)]),
+        ("lstm", [(24, 8), (24, 6)]),
+        ("convolution 2d", [(6, 36)]),
+        ("experts", 3 * [(12, 8)] + 3 * [(8, 12)]),
+        ("linear that reads its weight", [(12, 8)]),
+    ],
+)
+def test_a_weight_read_many_times_is_formed_once(row, shapes, formed):
+    row = next(r for r in ROWS if r.name == row)
+    model = inject_row(row, make(row))
+    formed.clear()
+    loss_of(model(*inputs_of(row))).backward()
+    assert sorted(formed) == sorted(shapes)
+
+
+@pytest.mark.parametrize("basis", ["dense", "sparse", "very_sparse", "isometric"])
+def test_an_embedding_forms_the_rows_looked_up_and_no_others(basis, formed):
+    layer = inject(nn.Embedding(500, 16), rank=4, target_modules=".*|", basis=basis)
+    layer(torch.arange(6).view(2, 3)).sum().backward()
+    assert formed == [(6, 16)]
+    assert layer(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, 16)
+    with pytest.raises(IndexError):
+        layer(torch.tensor([500]))
+
+
+def test_gradients_recorded_or_not_do_not_mix_within_a_call():
+    class Both(nn.Linear):
+        def forward(self, x):
+            with torch.no_grad():
+                scale = self.weight.norm()
+            return F.linear(x, self.weight) / scale
+
+    layer = inject(Both(8, 8), rank=2)
+    layer(torch.randn(3, 8)).sum().backward()
+    assert layer.randlora_gamma.grad.count_nonzero()
+
+
+def test_an_error_within_a_call_leaves_nothing_held():
+    model = inject(Experts(), rank=2, target_modules=[], target_parameters="up")
+    with pytest.raises(RuntimeError, match="shape"):
+        model(torch.randn(3, 5))
+    assert model._randlora.held is None
+
+
+@pytest.mark.parametrize("basis", ["dense", "isometric"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_merging_all_kinds_is_exact_in_every_dtype(dtype, basis):
+    """A hundred times, and what was merged differs by the rounding of the weights alone."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e, self.a = nn.Embedding(9, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+            self.c, self.x = nn.Conv1d(8, 8, 1), Experts()
+
+        def forward(self, tokens):
+            h = self.e(tokens)
+            h = h + self.a(h, h, h)[0]
+            return self.x(self.c(h.transpose(1, 2)).transpose(1, 2))
+
+    model = Net().to(dtype).eval()
+    inject(model, 3, basis=basis, target_modules=["e", "a", "c"], target_parameters=["up", "down"])
+    shuffled(model)
+    tokens = torch.arange(6).view(2, 3)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with torch.no_grad():
+        want = model(tokens)
+        for _ in range(100):
+            merged = randlora.merge(model)(tokens)
+            randlora.unmerge(model)
+        assert torch.equal(model(tokens), want)
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+        # The merged weight is rounded as the effective one is: here they are the same numbers.
+        assert (merged - want).abs().max() <= 8 * torch.finfo(dtype).eps * want.abs().max()
+
+
+def test_an_update_that_is_not_finite_leaves_the_layers_before_it_unmerged():
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "c": nn.Conv1d(8, 8, 3)}).eval()
+    inject(model, rank=2)
+    with torch.no_grad():
+        model["c"].randlora_gamma[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="weight of 'c' must be finite"):
+        randlora.merge(model)
+    assert not any(
+        m._randlora.merged or m._randlora.folded for m in adapted_modules(model).values()
+    )
+    with torch.no_grad():
+        model["c"].randlora_gamma[0, 0] = 0
+        model["a"].in_proj_weight_randlora_lambda[0, 0] = float("inf")
+        model["a"].in_proj_weight_randlora_gamma.fill_(1)
+    with pytest.raises(ValueError, match=r"weight of 'a\.in_proj_weight' must be finite"):
+        randlora.unload(model, merge=True)
+    assert list(adapted_modules(model)) == ["a", "a.out_proj", "c"]
+
+
+def test_a_model_made_anew_on_another_device_is_what_a_fresh_one_is():
+    """Base weights and updates both: neither garbage nor a base that was left out."""
+    for build, reset in [
+        (lambda: nn.Linear(8, 12), "reset_parameters"),
+        (lambda: nn.Conv2d(3, 4, 3), "reset_parameters"),
+        (lambda: nn.MultiheadAttention(8, 2), "_reset_parameters"),
+        (lambda: nn.LSTM(8, 6), "reset_parameters"),
+        (lambda: nn.Embedding(9, 4), "reset_parameters"),
+        (lambda: Scaled(9, 4), "reset_parameters"),
+    ]:
+        model = inject(build(), rank=2, target_modules=".*|")
+        shuffled(model)
+        with torch.no_grad():
+            for module in model.modules():
+                for parameter in module._parameters.values():
+                    if parameter is not None:
+                        parameter.fill_(7)
+        model.to("meta").to_empty(device="cpu")
+        for module in model.modules():
+            again = getattr(module, reset if module is model else "reset_parameters", None)
+            if again is not None:
+                again()
+        for path, module in adapted_modules(model).items():
+            for name, adapter in module._randlora.current.items():
+                base = module._parameters[name]
+                assert torch.equal(getattr(module, name), base), (path, name)
+                assert 0 < base.std() < 2
+                lam, gamma = adapter.parameters(module)
+                assert torch.equal(lam, lam[:1, :1].expand_as(lam))
+                assert not gamma.count_nonzero()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear that reads its weight",
+        "attention, no weights",
+        "encoder layer",
+        "convolution 2d",
+        "embedding",
+        "gru cell",
+        "experts",
+        "registered",
+        "opaque, registered",
+    ],
+)
+def test_they_compile_as_one_graph(name):
+    row = next(r for r in ROWS if r.name == name)
+    model = inject_row(row, make(row))
+    shuffled(model)
+    inputs = inputs_of(row)
+    want = model(*inputs)
+    torch.compiler.reset()
+    got = torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs)
+    trained = randlora.adapter_parameters(model)
+    torch.testing.assert_close(got, want)
+    for one, other in zip(
+        torch.autograd.grad(loss_of(got), trained),
+        torch.autograd.grad(loss_of(want), trained),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["attention", "convolution 2d", "lstm", "experts", "embedding"])
+def test_autocast_computes_in_its_dtype(name):
+    row = next(r for r in ROWS if r.name == name)
+    model = inject_row(row, make(row)).float()
+    shuffled(model)
+    inputs = [x.float() if x.is_floating_point() else x for x in row.inputs]
+    want = model(*inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = model(*inputs)
+    loss_of(got.float()).backward()
+    assert all(p.grad.count_nonzero() for p in randlora.adapter_parameters(model))
+    assert (got - want).abs().max() <= 0.1 * want.abs().max()
