@@ -129,7 +129,7 @@ def inject(
             active = module._randlora.active
             banks += [other.bank for other in module._randlora.all()]
 
-        if any(map(nn.parameter.is_lazy, module._parameters.values())):
+        if any(nn.parameter.is_lazy(p) for p in module._parameters.values() if p is not None):
             raise ValueError(
                 f"model must have all its sizes, but {aliases[0]!r}, a {type(module).__name__}, "
                 "has none before it is run; run the model once"

@@ -146,3 +146,12 @@ def test_costs_follow_the_density():
     assert (b.weight_cost, b.token_cost) == (220 * faster, 360 * faster)
     assert GatherOperator(signs, 1.0, torch.bfloat16).weight_cost == 550
     assert DenseOperator(torch.zeros(2, 2)).token_cost == 1000
+
+
+@given(st.sampled_from(KINDS), st.integers(1, 200), st.integers(1, 200), st.data())
+def test_rows_are_those_of_the_dense_value(kind, q, m, data):
+    b, dense = make(kind, q, m)
+    places = torch.tensor(data.draw(st.lists(st.integers(0, q - 1), max_size=9)), dtype=torch.int64)
+    rows = b.rows(places, torch.float32)
+    assert rows.scale == b.scale
+    assert torch.equal(rows.entries, dense[places].float())

@@ -86,7 +86,7 @@ def test_public_names_are_documented():
 def test_the_examples_of_the_readme_run():
     text = (SOURCE.parent / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     exec("\n".join(blocks), {})
 
 
