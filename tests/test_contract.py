@@ -257,6 +257,17 @@ def quantised_weight():
     return model
 
 
+def four_bits():
+    linear = pytest.importorskip("bitsandbytes").nn.Linear4bit(64, 32)
+    return nn.Sequential(linear).to("cpu")  # which quantises it
+
+
+def four_bits_weight(module):
+    weight = module[0]._parameters["weight"]
+    functional = pytest.importorskip("bitsandbytes.functional")
+    return functional.dequantize_4bit(weight.data, weight.quant_state)
+
+
 def gpt(in_, out):
     def make():
         return pytest.importorskip("transformers.pytorch_utils").Conv1D(out, in_)
@@ -473,6 +484,15 @@ ROWS = [
         (normal(2, 5, 64).float(),),
         ("0.weight",),
         opaque=lambda module: module[0]._parameters["weight"].dequantize(),
+        dtype=torch.float32,
+        pickles=False,
+    ),
+    Row(
+        "opaque, bitsandbytes 4 bits",
+        four_bits,
+        (normal(2, 5, 64).float(),),
+        ("0.weight",),
+        opaque=four_bits_weight,
         dtype=torch.float32,
         pickles=False,
     ),

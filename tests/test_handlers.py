@@ -147,6 +147,24 @@ def test_an_opaque_layer_without_a_gradient_says_so():
         layer(torch.randn(3, 8, requires_grad=True))
 
 
+def test_eight_bits_of_bitsandbytes():
+    """Not in the contract: by itself it computes otherwise in training than in evaluation."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu")
+    x = torch.randn(5, 64, requires_grad=True)
+    base = layer(x)
+    (grad,) = torch.autograd.grad(base.sum(), x)
+    model = inject(layer, rank=3)
+    assert torch.equal(model(x), base)
+    shuffled(model)
+    update = model._randlora.current["weight"]
+    delta = adapters.delta(model, update)
+    torch.testing.assert_close(model(x), base + F.linear(x, delta), rtol=1e-5, atol=1e-4)
+    model(x).sum().backward()
+    torch.testing.assert_close(x.grad, grad + delta.sum(0).expand_as(x), rtol=1e-5, atol=1e-4)
+    assert all(p.grad.count_nonzero() for p in randlora.adapter_parameters(model))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
