@@ -47,8 +47,10 @@ class RandLoRAEmbedding(Adapted, nn.Embedding):
         """Return the rows of ``W0 + ΔW``, shape ``(..., embedding_dim)``."""
         state = self._randlora
         adapter = state.adapter("weight")
-        if state.merged or adapter is None or not 0 < input.numel() < self.num_embeddings:
+        if adapter is None:
             return super().forward(input)
+        if state.merged or not 0 < input.numel() < self.num_embeddings:
+            return F.embedding(input, self.weight, self.padding_idx)  # ΔW knows no sparse gradients
         base: Tensor | None = self._parameters["weight"]
         lam: Tensor
         gamma: Tensor
@@ -85,6 +87,9 @@ class AdaptedRNN(Adapted):
 
     def _weights_have_changed(self) -> bool:
         return False
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: the weights are formed anew for each call, and cannot be one for cuDNN."""
 
     @staticmethod
     def _removed(module: Any) -> None:
