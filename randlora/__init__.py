@@ -1,7 +1,8 @@
 """RandLoRA: fine-tuning with full-rank updates at the parameter count of LoRA."""
 
-from randlora import functional, planning, reference
+from randlora import checkpoint, functional, planning, reference
 from randlora.bases import BasisBank
+from randlora.checkpoint import adapter_state_dict, load_adapter, save_adapter
 from randlora.diagnostics import rank_report, summary
 from randlora.handlers import register
 from randlora.injection import adapter_parameters, inject
@@ -14,15 +15,19 @@ __all__ = [
     "BasisBank",
     "RandLoRALinear",
     "adapter_parameters",
+    "adapter_state_dict",
+    "checkpoint",
     "delete_adapter",
     "disabled",
     "functional",
     "inject",
+    "load_adapter",
     "merge",
     "planning",
     "rank_report",
     "reference",
     "register",
+    "save_adapter",
     "set_adapter",
     "summary",
     "unload",

@@ -36,9 +36,10 @@ whose rounding IEEE 754 defines. So it is a function of (version, seed, ``f``, `
 
 from __future__ import annotations
 
+import hashlib
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -381,6 +382,30 @@ class BasisBank:
             _refuse_too_sparse(q, m, self.sparsity)
         self.sizes = [_larger(*pair) for pair in zip(self.sizes, sizes, strict=True)]
 
+    def same_recipe(self, other: BasisBank) -> bool:
+        """Whether the entries of both are the same."""
+        recipes = ((bank.kind, bank.seed, bank.sparsity) for bank in (self, other))
+        return next(recipes) == next(recipes)
+
+    def digest(self, sizes: Iterable[tuple[int, int, int, int]]) -> str:
+        """A SHA-256 over the entries that layers of the sizes ``r, p, q, m`` use, in hexadecimal.
+
+        It is that of the same bases whatever the order of the layers, their device and dtype.
+        """
+        digest, sizes = hashlib.sha256(), list(sizes)
+        of_a = {(r, p) for r, p, _, _ in sizes}
+        of_b = {(q, m) for _, _, q, m in sizes}
+        blocks = [self.a(*size) for size in _outermost(of_a)]
+        if self.factored:
+            blocks += [factor for size in sorted(of_b) for factor in self.factors(*size)]
+        else:
+            cpu = torch.device("cpu")
+            blocks += [self.draw(_BASE_B, s, cpu, torch.float32) for s in _outermost(of_b)]
+        for block in blocks:
+            digest.update(f"{tuple(block.shape)}".encode())
+            digest.update(block.numpy().astype(block.numpy().dtype.newbyteorder("<")).tobytes())
+        return digest.hexdigest()
+
     def store(self, device: torch.device, dtype: torch.dtype) -> Store:
         """What holds the bases on ``device`` for ``dtype``, as long as it is referred to."""
         store = self._stores.get((device, dtype))
@@ -484,6 +509,16 @@ _Stores: TypeAlias = weakref.WeakValueDictionary[tuple[torch.device, torch.dtype
 def _size(**sides: int) -> tuple[int, int]:
     rows, columns = (as_positive_int(name, value) for name, value in sides.items())
     return rows, columns
+
+
+def _outermost(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The sizes that are the leading block of no other."""
+    known = sorted(set(sizes))
+    return [
+        size
+        for size in known
+        if not any(size != o and size[0] <= o[0] and size[1] <= o[1] for o in known)
+    ]
 
 
 def _larger(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:

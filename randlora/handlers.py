@@ -293,7 +293,7 @@ def parameter_site(module: nn.Module, name: str) -> Site | str:
     for site in sites if isinstance(sites, list) else []:
         if site.parameter == name:
             return site
-    kind, weight = type(module).__name__, module._parameters[name]
+    kind, weight = type(module).__name__, module._parameters.get(name)
     if isinstance(module, torch.jit.ScriptModule):
         return str(sites)
     if weight is None or nn.parameter.is_lazy(weight) or weight.ndim not in (2, 3):

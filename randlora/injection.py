@@ -29,7 +29,7 @@ from randlora.adapters import (
 from randlora.bases import KINDS, BasisBank
 from randlora.handlers import handler_of, parameter_site, sites_of
 
-__all__ = ["SAVED", "adapter_parameters", "inject", "left_out", "train"]
+__all__ = ["SAVED", "Place", "adapt", "adapter_parameters", "inject", "left_out", "train"]
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 Pattern: TypeAlias = str | re.Pattern[str]
@@ -118,7 +118,7 @@ def inject(
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     check_adapter_name(adapter)
     names = _names(model)
-    active, banks = adapter, []
+    banks: list[BasisBank] = []
     for module, aliases in names.items():
         if isinstance(module, Adapted):
             if adapter in module._randlora.adapters:
@@ -126,7 +126,6 @@ def inject(
                     f"model must not be adapted under the name {adapter!r} yet, but its layer "
                     f"{aliases[0]!r} is; to add an adapter, give it another name"
                 )
-            active = module._randlora.active
             banks += [other.bank for other in module._randlora.all()]
 
         if any(nn.parameter.is_lazy(p) for p in module._parameters.values() if p is not None):
@@ -154,27 +153,41 @@ def inject(
     usual = [site for m, sites in supported.items() if m not in heads for site in sites]
     bank = _bank(basis, seed, usual or [target.site for target in targets], banks)
 
+    updates = {target: (settings[target], bank) for target in targets}
+    return adapt(model, adapter, updates, saved)
+
+
+def adapt(
+    model: ModelT,
+    adapter: str,
+    updates: Mapping[Place, tuple[Settings, BasisBank]],
+    saved: Iterable[nn.Module],
+) -> ModelT:
+    """Give a model an adapter of one more name, or raise and leave it as it was."""
+    names, active = _names(model), adapter
+    for module in names:
+        if isinstance(module, Adapted):
+            active = module._randlora.active
     made: dict[nn.Module, dict[Adapter, tuple[nn.Parameter, nn.Parameter]]] = {}
-    for target in targets:
-        update = Adapter(adapter, target.site, settings[target], bank)
+    for (module, site), (settings, bank) in updates.items():
+        update = Adapter(adapter, site, settings, bank)
         for name in update.names:
-            if hasattr(target.module, name):
+            if hasattr(module, name):
                 raise TypeError(
-                    f"{names[target.module][0]!r} has an attribute {name!r}, which adapter "
-                    f"{adapter!r} would need"
+                    f"{names[module][0]!r} has an attribute {name!r}, which adapter {adapter!r} "
+                    "would need"
                 )
         bank.reserve(*update.sizes)
-        parameters = update.make_parameters(_device(target.module))
-        made.setdefault(target.module, {})[update] = parameters
-    classes = {module: _class(module, updates) for module, updates in made.items()}
-    for module, updates in made.items():  # all have reserved their sizes
-        for update in updates:
+        made.setdefault(module, {})[update] = update.make_parameters(_device(module))
+    classes = {module: _class(module, ours) for module, ours in made.items()}
+    for module, ours in made.items():  # all have reserved their sizes
+        for update in ours:
             update.draw_bases(module)
 
     # All that can fail is done.
     model.requires_grad_(False)
-    for module, updates in made.items():
-        install(module, adapter, updates)
+    for module, ours in made.items():
+        install(module, adapter, ours)
         module._randlora.active = active  # type: ignore[union-attr]
         module.__class__ = classes[module]
     for module in saved:
@@ -229,7 +242,9 @@ def left_out(model: nn.Module) -> dict[str, str]:
 # --- collecting: nothing below changes a model ---------------------------------------------------
 
 
-class _Target(NamedTuple):
+class Place(NamedTuple):
+    """A weight of a model: which module's, and which."""
+
     module: nn.Module
     site: Site
 
@@ -291,7 +306,7 @@ def _targets(
     target: Target | None,
     exclude: Target | None,
     saved: set[nn.Module],
-) -> list[_Target]:
+) -> list[Place]:
     """The weights to adapt, in the order of the model."""
     chosen: set[nn.Module]
     sites = dict(supported)
@@ -309,18 +324,18 @@ def _targets(
                 sites[module] = found
         chosen = _beneath(named) & set(sites)
     chosen -= _covered("exclude_modules", exclude, names) | saved
-    return [_Target(m, site) for m in names if m in chosen for site in sites[m]]
+    return [Place(m, site) for m in names if m in chosen for site in sites[m]]
 
 
 def _further(
     names: _Names,
-    targets: list[_Target],
+    targets: list[Place],
     patterns: Pattern | Iterable[Pattern] | None,
     exclude: Target | None,
     saved: set[nn.Module],
-) -> list[_Target]:
+) -> list[Place]:
     """The parameters to adapt that ``target_parameters`` names."""
-    further: dict[_Target, None] = {}
+    further: dict[Place, None] = {}
     if patterns is None:
         return []
     out = _covered("exclude_modules", exclude, names) | saved
@@ -332,8 +347,8 @@ def _further(
                 raise TypeError(
                     f"target_parameters={pattern!r} matches {known[module, name][0]!r}, but {site}"
                 )
-            if module not in out and _Target(module, site) not in targets:
-                further[_Target(module, site)] = None
+            if module not in out and Place(module, site) not in targets:
+                further[Place(module, site)] = None
     return list(further)
 
 
@@ -341,7 +356,7 @@ def _check_targets(
     names: _Names,
     supported: Mapping[nn.Module, Any],
     heads: Mapping[nn.Module, str],
-    targets: list[_Target],
+    targets: list[Place],
 ) -> None:
     if not targets:
         known = ", ".join(repr(names[m][0]) + " (output head)" * (m in heads) for m in supported)
@@ -375,12 +390,12 @@ def _class(module: nn.Module, updates: Iterable[Adapter]) -> Any:
 
 def _settings(
     names: _Names,
-    targets: list[_Target],
+    targets: list[Place],
     rank: int | Mapping[Pattern, int],
     alpha: float | None,
     dropout: float,
     num_bases: int | None,
-) -> dict[_Target, Settings]:
+) -> dict[Place, Settings]:
     """What each weight gets; a rank or number of bases too large for some of them is lowered."""
     ranks = _ranks(names, targets, rank)
     for asked in set(ranks.values()):
@@ -410,8 +425,8 @@ def _settings(
 
 
 def _ranks(
-    names: _Names, targets: list[_Target], rank: int | Mapping[Pattern, int]
-) -> dict[_Target, int]:
+    names: _Names, targets: list[Place], rank: int | Mapping[Pattern, int]
+) -> dict[Place, int]:
     if not isinstance(rank, Mapping):
         return dict.fromkeys(targets, as_positive_int("rank", rank))
     table = {
@@ -454,8 +469,7 @@ def _bank(
     if basis == "very_sparse":
         sparsity = max(2.0, math.sqrt(max(site.q for site in sites)))
     bank = BasisBank(basis, seed=seed, sparsity=sparsity)
-    recipe = bank.kind, bank.seed, bank.sparsity
-    return next((b for b in known if (b.kind, b.seed, b.sparsity) == recipe), bank)
+    return next((other for other in known if other.same_recipe(bank)), bank)
 
 
 # --- patterns ------------------------------------------------------------------------------------
