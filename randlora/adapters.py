@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import wraps
@@ -217,10 +218,10 @@ class Adaptation:
         self.active = DEFAULT
         self.enabled = True
         self.merged = False
-        # Effective weights, by parameter: merged ones, with what they were formed of; and those of
-        # the call under way, by whether gradients are recorded too.
+        # Effective weights: merged ones by parameter, with what they were formed of, and those of
+        # the calls under way, by thread.
         self.folded: dict[str, tuple[list[Any], Tensor]] = {}
-        self.held: dict[tuple[str, bool], Tensor] | None = None
+        self.held: dict[int, _Held] = {}
 
     def adapter(self, parameter: str) -> Adapter | None:
         """The active update of a weight; None while there is none, or none is to count."""
@@ -237,7 +238,30 @@ class Adaptation:
             yield from adapters.values()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "folded": {}, "held": None}
+        return {**vars(self), "folded": {}, "held": {}}
+
+
+class _Held:
+    """The effective weights of one call: by parameter, and by what is recorded of its use."""
+
+    def __init__(self) -> None:
+        self.hooks = _hooks()
+        self.weights: dict[tuple[str, bool, bool], Tensor] = {}
+
+
+def _hooks() -> Any:
+    """What autograd calls with the tensors it saves: it tells a checkpointed part of a call."""
+    if torch.compiler.is_compiling():
+        return None
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _inference() -> bool:
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class Adapted:
@@ -247,12 +271,12 @@ class Adapted:
     ``randlora_lambda`` and ``randlora_gamma``: the attributes of a module are its author's.
     """
 
-    base_class: ClassVar[type[nn.Module]]
+    _randlora_base: ClassVar[type[nn.Module]]
     _randlora: Adaptation
     _parameters: dict[str, nn.Parameter | None]
 
     @staticmethod
-    def _removed(module: Any) -> None:
+    def _randlora_removed(module: Any) -> None:
         """Do what is left to do once ``module`` is of its own class again."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -277,11 +301,17 @@ class Adapted:
         super()._load_from_state_dict(  # type: ignore[misc]
             state_dict, prefix, metadata, strict, missing, *rest
         )
-        for adapters in self._randlora.adapters.values():
-            keys = [prefix + name for adapter in adapters.values() for name in adapter.names]
-            if not any(key in state_dict for key in keys):
+        for name, adapters in self._randlora.adapters.items():
+            keys = [prefix + key for adapter in adapters.values() for key in adapter.names]
+            if name not in metadata.get("randlora", ()) and not any(k in state_dict for k in keys):
                 # A checkpoint of the plain model, or one without this adapter.
                 missing[:] = [key for key in missing if key not in keys]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:  # so that keys that got lost are missed
+            metadata["randlora"] = list(self._randlora.adapters)
 
 
 def _places(module: Any) -> list[Any]:
@@ -312,12 +342,14 @@ def effective(module: Any, parameter: str) -> Tensor:
     try:
         if state.merged:
             return _merged(module, parameter)
-        if state.held is None:
+        held = state.held.get(_thread())
+        if held is None or held.hooks != _hooks():
+            # A part of a call that is checkpointed is run again when the call is over.
             return _compute(module, adapter)
-        key = parameter, torch.is_grad_enabled()
-        if key not in state.held:
-            state.held[key] = _compute(module, adapter)
-        return state.held[key]
+        key = parameter, torch.is_grad_enabled(), _inference()
+        if key not in held.weights:
+            held.weights[key] = _compute(module, adapter)
+        return held.weights[key]
     except AttributeError as error:
         # Python would go on to Module.__getattr__, which finds the parameter: the base one.
         raise RuntimeError(f"the effective weight could not be computed: {error}") from error
@@ -386,13 +418,27 @@ def fold(module: Any, parameter: str) -> Tensor:
         return folded[1]  # a compiled function sees no versions
     adapter = state.current[parameter]
     made_of = module._parameters[parameter], *adapter.parameters(module)
-    versions = [id(adapter), *((id(t), 0 if t.is_inference() else t._version) for t in made_of)]
+    versions: list[Any] = [adapter.settings]
+    for tensor in made_of:
+        # The tensor itself, held: an id may be given again.
+        version = 0 if tensor.is_inference() else tensor._version
+        versions += [_Identity(tensor), version, 0 if tensor.is_meta else tensor.data_ptr()]
     if folded is None or folded[0] != versions:
         # In this order: leaving inference mode turns gradients on.
         with torch.inference_mode(False), torch.no_grad():
             folded = versions, _compute(module, adapter)
         state.folded[parameter] = folded
     return folded[1]
+
+
+@dataclass(frozen=True, eq=False)
+class _Identity:
+    """A tensor that is equal to itself alone."""
+
+    tensor: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.tensor is other.tensor
 
 
 def _merged(module: Any, parameter: str) -> Tensor:
@@ -418,8 +464,8 @@ def adapted_class(base: type[nn.Module], mixin: type[Adapted], names: frozenset[
         if "_randlora_names" not in vars(base):
             return base  # written for adaptation, with properties of its own
         names |= base._randlora_names  # type: ignore[attr-defined]
-        base = base.base_class
-    if vars(mixin).get("base_class") is base:
+        base = base._randlora_base
+    if vars(mixin).get("_randlora_base") is base:
         return mixin
     known = vars(base).get("_randlora_classes")  # kept on base: all are collected together
     if known is None:
@@ -430,12 +476,12 @@ def adapted_class(base: type[nn.Module], mixin: type[Adapted], names: frozenset[
 
 
 def _make_class(base: Any, mixin: type[Adapted], names: frozenset[str]) -> Any:
-    adapts = vars(mixin).get("base_class")
+    adapts = vars(mixin).get("_randlora_base")
     made: Any = type(
         f"RandLoRA{base.__name__}",
         (mixin, base) if adapts is None else (base, mixin),
         {
-            "base_class": base,
+            "_randlora_base": base,
             "_randlora_names": names,
             "__reduce_ex__": _reduce,
             "__module__": base.__module__,
@@ -471,14 +517,14 @@ def _once(made: Any, base: Any) -> Any:
 
     @wraps(base.forward)
     def forward(self: Any, *args: Any, **keywords: Any) -> Any:
-        state: Adaptation = self._randlora
-        if state.held is not None:  # a call within a call
+        held, thread = self._randlora.held, _thread()
+        if thread in held:  # a call within a call
             return super(made, self).forward(*args, **keywords)
-        state.held = {}
+        held[thread] = _Held()
         try:
             return super(made, self).forward(*args, **keywords)
         finally:
-            state.held = None
+            del held[thread]
 
     return forward
 
@@ -488,7 +534,7 @@ def _reduce(module: Any, protocol: int) -> tuple[Any, ...]:
     mixin = next(
         c for c in cls.__mro__ if issubclass(c, Adapted) and "_randlora_names" not in vars(c)
     )
-    return _rebuild, (cls.base_class, mixin, cls._randlora_names), module.__getstate__()
+    return _rebuild, (cls._randlora_base, mixin, cls._randlora_names), module.__getstate__()
 
 
 def _rebuild(base: type[nn.Module], mixin: type[Adapted], names: frozenset[str]) -> Any:
@@ -499,7 +545,7 @@ def _rebuild(base: type[nn.Module], mixin: type[Adapted], names: frozenset[str])
 def plain_class(module: Adapted) -> type[nn.Module] | None:
     """What an adapted module was before; None where it is of a class written for adaptation."""
     cls = type(module)
-    return cls.base_class if "base_class" in vars(cls) else None
+    return cls._randlora_base if "_randlora_base" in vars(cls) else None
 
 
 def reset(module: Any, draw: Callable[[], None]) -> None:
@@ -525,7 +571,7 @@ def install(
     for adapter, parameters in adapters.items():
         state.adapters.setdefault(name, {})[adapter.site.parameter] = adapter
         for key, parameter in zip(adapter.names, parameters, strict=True):
-            module.register_parameter(key, parameter)
+            module._parameters[key] = parameter
 
 
 def uninstall(module: Any, name: str) -> None:
@@ -549,6 +595,8 @@ def unsupported(module: nn.Module, site: Site) -> str | None:
         return f"{kind} computes its {name} instead of holding it as a parameter"
     if nn.parameter.is_lazy(weight):
         return f"{kind} has no sizes before it is run once"
+    if weight.layout != torch.strided:
+        return f"{kind} has a {name} that is not dense"
     if weight.dtype not in _DTYPES:
         return f"{kind} has a {name} of {weight.dtype}, which is not floating"
     if not weight.numel():
@@ -603,8 +651,7 @@ def remove(module: Any, *, merge: bool) -> None:
     for adapter in state.all():
         for name in adapter.names:
             del module._parameters[name]
-    for name in ("_randlora", "choice"):
-        vars(module).pop(name, None)
-    removed = type(module)._removed
-    module.__class__ = plain
+    del vars(module)["_randlora"]
+    removed = type(module)._randlora_removed
+    object.__setattr__(module, "__class__", plain)
     removed(module)

@@ -214,7 +214,7 @@ def _known(modules: Mapping[str, Any], adapter: str | None) -> str:
 
 def _saved_state(model: nn.Module) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     """The names of the ``modules_to_save``, and their tensors by full names."""
-    names = tuple(name for name, m in model.named_modules() if getattr(m, SAVED, False))
+    names = tuple(name for name, m in model.named_modules() if SAVED in vars(m))
     prefixes = tuple(f"{name}." if name else "" for name in names)
     state = model.state_dict() if names else {}
     return names, {

@@ -83,7 +83,7 @@ class Summary:
         heads = {name: why for name, why in self.left_out.items() if why.startswith("output head")}
         lines += [f"left out: {name} ({why})" for name, why in heads.items()]
         if others := len(self.left_out) - len(heads):
-            lines.append(f"left out: {others} more that could be adapted")
+            lines.append(f"left out: {others} more, see left_out")
         if len(self.adapters) > 1:
             active, *rest = self.adapters
             lines.append(f"adapter {active!r}; not active: {', '.join(map(repr, rest))}")
@@ -177,7 +177,7 @@ def summary(model: nn.Module, tokens: int | None = None) -> Summary:
                 num_bases=adapter.settings.num_bases,
                 scaling=adapter.settings.scaling,
                 trained=adapter.trained,
-                plan=None if tokens is None else _plan(module, tokens),
+                plan=None if tokens is None else _plan(module, adapter, tokens),
             )
             for name, module, adapter in found
         ),
@@ -221,8 +221,10 @@ def _active(model: nn.Module) -> list[tuple[str, Any, Adapter]]:
     ]
 
 
-def _plan(module: nn.Module, tokens: int) -> Plan | None:
-    return module.plan(tokens) if isinstance(module, RandLoRALinear) else None
+def _plan(module: nn.Module, adapter: Adapter, tokens: int) -> Plan | None:
+    if isinstance(module, RandLoRALinear) and adapter.site.parameter == "weight":
+        return module.plan(tokens)
+    return None
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from randlora.adapters import Adapted, Site, effective, reset, unsupported
+from randlora.adapters import Adaptation, Adapted, Site, effective, reset, unsupported
 from randlora.functional import effective_weight, randlora_linear
 from randlora.kernel import autocast_dtype
 from randlora.layers import RandLoRALinear, linear_site, taken
@@ -32,7 +32,7 @@ class RandLoRAEmbedding(Adapted, nn.Embedding):
     The row of ``padding_idx`` takes no update, as it takes no gradient.
     """
 
-    base_class = nn.Embedding
+    _randlora_base = nn.Embedding
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -49,7 +49,8 @@ class RandLoRAEmbedding(Adapted, nn.Embedding):
         adapter = state.adapter("weight")
         if adapter is None:
             return super().forward(input)
-        if state.merged or not 0 < input.numel() < self.num_embeddings:
+        indices = input.dtype in (torch.int32, torch.int64)
+        if state.merged or not indices or not 0 < input.numel() < self.num_embeddings:
             return F.embedding(input, self.weight, self.padding_idx)  # ΔW knows no sparse gradients
         base: Tensor | None = self._parameters["weight"]
         lam: Tensor
@@ -58,14 +59,15 @@ class RandLoRAEmbedding(Adapted, nn.Embedding):
         assert base is not None
         a, b = adapter.operands(base.device, base.dtype)
         rows, wide = input.flatten(), adapter.site.wide
+        frozen = F.embedding(rows, base)  # which knows what is out of range
         if wide:  # the vocabulary is the smaller side, that of A and Γ
             a, gamma = a[:, rows], gamma[:, rows]
         else:
             b = b.rows(rows, base.dtype)
         scaling = adapter.settings.scaling
-        w = effective_weight(base[rows], lam, gamma, a, b, scaling=scaling, wide=wide)
+        w = effective_weight(frozen, lam, gamma, a, b, scaling=scaling, wide=wide)
         if self.padding_idx is not None:
-            w = torch.where((rows == self.padding_idx).unsqueeze(1), base[rows], w)
+            w = torch.where((rows == self.padding_idx).unsqueeze(1), frozen, w)
         return w.view(*input.shape, -1)
 
 
@@ -92,8 +94,17 @@ class AdaptedRNN(Adapted):
         """Do nothing: the weights are formed anew for each call, and cannot be one for cuDNN."""
 
     @staticmethod
-    def _removed(module: Any) -> None:
+    def _randlora_removed(module: Any) -> None:
         module._init_flat_weights()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # It makes a list of the weights, which is not to be formed, and not made here.
+        adaptation: Adaptation = state["_randlora"]
+        enabled, adaptation.enabled = adaptation.enabled, False
+        try:
+            super().__setstate__(state)
+        finally:
+            adaptation.enabled = enabled
 
 
 class AdaptedOpaque(Adapted):
@@ -112,9 +123,10 @@ class AdaptedOpaque(Adapted):
         else:
             y = forward(input)
             if needs_gradient and not y.requires_grad:
+                kind = module._randlora_base.__name__
                 raise RuntimeError(
-                    f"{module.base_class.__name__} gives no gradient to its input, so that what "
-                    "comes before it cannot be trained through it"
+                    f"{kind} gives no gradient to its input, so that what comes before it cannot "
+                    "be trained through it"
                 )
         dtype, settings = autocast_dtype(input.device), adapter.settings
         x = input if dtype is None else input.to(dtype)
@@ -177,7 +189,16 @@ def _matrix(name: str, weight: Tensor, transposed: bool = False) -> Site:
 
 def _linear(module: nn.Linear) -> list[Site] | str:
     reason = None if isinstance(module, Adapted) else taken(module)
-    return reason or [linear_site(module)]
+    sizes = module.out_features, module.in_features
+    return reason or _of_size(module, sizes) or [linear_site(module)]
+
+
+def _of_size(module: nn.Module, sizes: tuple[int, int]) -> str | None:
+    """Why the weight of a module is not of the sizes that it says."""
+    weight = module._parameters.get("weight")
+    if weight is None or nn.parameter.is_lazy(weight) or weight.shape == sizes:
+        return None
+    return f"{type(module).__name__} has a weight of {tuple(weight.shape)}, but says {sizes}"
 
 
 def _embedding(module: nn.Embedding) -> list[Site] | str:
@@ -185,7 +206,8 @@ def _embedding(module: nn.Embedding) -> list[Site] | str:
         if getattr(module, option):
             return f"{type(module).__name__} has {option}, which changes its weight or gradient"
     rows, columns = module.num_embeddings, module.embedding_dim
-    return [Site("weight", rows, columns, kept=module.padding_idx)]
+    reason = _of_size(module, (rows, columns))
+    return reason or [Site("weight", rows, columns, kept=module.padding_idx)]
 
 
 def _recurrent(module: nn.RNNBase) -> list[Site] | str:
@@ -257,15 +279,20 @@ def register(cls: type[nn.Module], *parameters: str, transposed: bool = False) -
 
 def handler_of(module: nn.Module) -> Handler | str:
     """How a module is adapted, or why it cannot be."""
-    kind = type(module).__name__
+    kind, entry = type(module).__name__, _entry(module)
+    if entry is None:
+        return f"{kind} is of no class that can be adapted; see randlora.register"
+    if isinstance(entry, str):
+        return f"{kind} {entry}"
+    return _OPAQUE if entry.mixin is RandLoRALinear and _is_unreadable(module) else entry
+
+
+def _entry(module: nn.Module) -> Handler | str | None:
     for cls in type(module).__mro__:
         entry = _TABLE.get(cls) or _TABLE.get(f"{cls.__module__}.{cls.__qualname__}")
-        if isinstance(entry, str):
-            return f"{kind} {entry}"
         if entry is not None:
-            unreadable = entry.mixin is RandLoRALinear and _is_unreadable(module)
-            return _OPAQUE if unreadable else entry
-    return f"{kind} is of no class that can be adapted; see randlora.register"
+            return entry
+    return None
 
 
 def _is_unreadable(linear: nn.Module) -> bool:
@@ -273,7 +300,8 @@ def _is_unreadable(linear: nn.Module) -> bool:
     weight = linear._parameters.get("weight")
     if weight is None or nn.parameter.is_lazy(weight):
         return False
-    return not weight.is_floating_point() or is_traceable_wrapper_subclass(weight)
+    plain = weight.is_floating_point() or weight.is_complex()  # which is refused
+    return not plain or is_traceable_wrapper_subclass(weight)
 
 
 def sites_of(module: nn.Module) -> list[Site] | str:
@@ -290,12 +318,12 @@ def sites_of(module: nn.Module) -> list[Site] | str:
 def parameter_site(module: nn.Module, name: str) -> Site | str:
     """A parameter, asked for by name, as a matrix or a stack of them, or why it is none."""
     sites = sites_of(module)
+    if isinstance(sites, str) and _entry(module) is not None:
+        return sites
     for site in sites if isinstance(sites, list) else []:
         if site.parameter == name:
             return site
     kind, weight = type(module).__name__, module._parameters.get(name)
-    if isinstance(module, torch.jit.ScriptModule):
-        return str(sites)
     if weight is None or nn.parameter.is_lazy(weight) or weight.ndim not in (2, 3):
         return f"{name} of {kind} is neither a matrix nor a stack of matrices"
     site = _matrix(name, weight)

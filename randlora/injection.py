@@ -138,6 +138,10 @@ def inject(
     heads = _output_heads(model, names, supported)
     saved = _covered("modules_to_save", modules_to_save, names)
     for module in saved:
+        if isinstance(module, Adapted):
+            raise ValueError(
+                f"modules_to_save must not be adapted, but {names[module][0]!r} is already"
+            )
         for name, parameter in module.named_parameters(recurse=False):
             trainable = parameter.is_floating_point() or parameter.is_complex()
             if not trainable or parameter.is_inference():
@@ -146,6 +150,7 @@ def inject(
                     f"modules_to_save must be trainable, but {names[module][0]!r} has {name!r}, "
                     f"{what}"
                 )
+    saved |= {module for module in names if SAVED in vars(module)}  # by an adapter before
     targets = _targets(names, supported, heads, target_modules, exclude_modules, saved)
     targets += _further(names, targets, target_parameters, exclude_modules, saved)
     _check_targets(names, supported, heads, targets)
@@ -189,9 +194,9 @@ def adapt(
     for module, ours in made.items():
         install(module, adapter, ours)
         module._randlora.active = active  # type: ignore[union-attr]
-        module.__class__ = classes[module]
+        object.__setattr__(module, "__class__", classes[module])
     for module in saved:
-        setattr(module, SAVED, True)
+        vars(module)[SAVED] = True
     train(model)
     return model
 
@@ -205,8 +210,9 @@ def train(model: nn.Module) -> None:
                 for parameter in adapter.parameters(module):
                     parameter.requires_grad_(name == state.active)
     for module in model.modules():
-        if getattr(module, SAVED, False):
-            module.requires_grad_(True)
+        if SAVED in vars(module):
+            for parameter in module.parameters():
+                parameter.requires_grad_(True)
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -222,20 +228,25 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
         for adapter in module._randlora.current.values():
             trained |= dict.fromkeys(adapter.parameters(module))
     for module in model.modules():
-        if getattr(module, SAVED, False):
+        if SAVED in vars(module):
             trained |= dict.fromkeys(module.parameters())
     return list(trained)
 
 
 def left_out(model: nn.Module) -> dict[str, str]:
-    """The layers that could be adapted and are not, and why, by name."""
+    """The layers of a kind that is adapted that are not, and why, by name."""
     names = _names(model)
     supported = _supported(names)
-    heads = _output_heads(model, names, supported)
+    why: dict[nn.Module, str] = dict.fromkeys(supported, "not a target")
+    why |= _output_heads(model, names, supported)
+    for module in names:
+        sites = sites_of(module)
+        if isinstance(sites, str) and not isinstance(handler_of(module), str):
+            why[module] = sites
     return {
-        names[module][0]: heads.get(module, "not a target")
-        for module in supported
-        if not isinstance(module, Adapted) and not getattr(module, SAVED, False)
+        names[module][0]: why[module]
+        for module in names
+        if module in why and not isinstance(module, Adapted) and SAVED not in vars(module)
     }
 
 
@@ -287,14 +298,16 @@ def _output_heads(
         parts = [name.split(".") for name in names[last]]
         if called := _HEADS & {end for part in parts for end in (part[0], part[-1])}:
             heads[last] = f"output head: the last layer, called {min(called)!r}"
-    embeddings = {id(m._parameters["weight"]) for m in names if isinstance(m, nn.Embedding)}
+    embeddings = {id(m._parameters.get("weight")) for m in names if isinstance(m, nn.Embedding)}
     for module in supported:
-        if id(module._parameters.get("weight")) in embeddings:
+        weight = module._parameters.get("weight")
+        if weight is not None and id(weight) in embeddings:
             heads[module] = "output head: its weight is an embedding's too"
     ask = getattr(model, "get_output_embeddings", None)
     if callable(ask):
         with suppress(AttributeError, NotImplementedError):  # a transformers model without a head
-            if (head := ask()) in supported:
+            head = ask()
+            if isinstance(head, nn.Module) and head in supported:
                 heads[head] = "output head: the model says so"
     return heads
 
@@ -366,7 +379,7 @@ def _check_targets(
         )
     for module, site in targets:
         weight = module._parameters.get(site.parameter)
-        if weight is not None and weight.is_meta:
+        if _device(module).type == "meta" if site.opaque or weight is None else weight.is_meta:
             raise ValueError(
                 f"model must have real weights, but {names[module][0]!r} is on the meta device; "
                 "materialise the model first"

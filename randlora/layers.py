@@ -91,7 +91,7 @@ class RandLoRALinear(Adapted, nn.Linear):
         128
     """
 
-    base_class = nn.Linear
+    _randlora_base = nn.Linear
     choice: Choice = AUTOMATIC
 
     randlora_lambda: nn.Parameter
@@ -162,6 +162,10 @@ class RandLoRALinear(Adapted, nn.Linear):
         self.requires_grad_(False)
         install(self, DEFAULT, {adapter: made})
         adapter.draw_bases(self)
+
+    @staticmethod
+    def _randlora_removed(module: Any) -> None:
+        vars(module).pop("choice", None)
 
     @property
     def base_weight(self) -> nn.Parameter:
@@ -239,7 +243,7 @@ class RandLoRALinear(Adapted, nn.Linear):
         weight, bias = self.base_weight, self.bias
         state = self._randlora
         adapter = state.adapter("weight")
-        if state.merged or adapter is None:
+        if state.merged or adapter is None or getattr(input, "is_nested", False):
             return F.linear(input, self.weight, bias)
         dtype = autocast_dtype(weight.device)
         if dtype is None or weight.dtype == torch.float64:  # which autocast leaves alone

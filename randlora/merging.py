@@ -189,7 +189,7 @@ def _fold_all(modules: dict[str, Any]) -> None:
                 if adapter.site.opaque:
                     raise TypeError(
                         f"{name!r} cannot be merged: the base weight of a "
-                        f"{module.base_class.__name__} is not a tensor to add to"
+                        f"{module._randlora_base.__name__} is not a tensor to add to"
                     )
                 if not fold(module, parameter).isfinite().all():
                     whose = weight_name(name, parameter)

@@ -1,16 +1,31 @@
 """What the contract leaves open: what is refused, chosen, registered, and what is computed."""
 
+import copy
+import pickle
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import randlora
 from randlora import adapters, handlers, inject, rank_report, register, summary
 from randlora.adapters import adapted_modules
-from tests.test_contract import ROWS, Experts, Opaque, Scaled, inputs_of, loss_of, make, shuffled
+from tests.test_contract import (
+    ROWS,
+    Experts,
+    Kernel,
+    Opaque,
+    Scaled,
+    inputs_of,
+    loss_of,
+    make,
+    shuffled,
+)
 from tests.test_contract import inject as inject_row
 
 
@@ -59,10 +74,18 @@ def with_forward(module):
     return module
 
 
-def quantised(weight):
-    linear = nn.Linear(8, 8)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return linear
+class Named(nn.Linear):
+    rank = 7
+
+
+def resized(module):
+    module.weight = nn.Parameter(torch.randn(5, 4))
+    return module
+
+
+def sparse(module):
+    module.weight = nn.Parameter(module.weight.detach().to_sparse())
+    return module
 
 
 def empty():
@@ -81,6 +104,11 @@ REFUSED = {
     "weight norm": (normed(PARAMETRIZED.weight_norm), "ParametrizedLinear computes its weight"),
     "spectral norm": (normed(PARAMETRIZED.spectral_norm), "ParametrizedLinear computes its weight"),
     "old weight norm": (old_weight_norm, "Conv1d computes its weights"),
+    "complex linear": (lambda: nn.Linear(4, 4, dtype=torch.complex64), "of torch.complex64"),
+    "own attribute": (lambda: Named(4, 4), "Named has an attribute 'rank' of its own"),
+    "other sizes": (lambda: resized(nn.Linear(4, 4)), r"weight of \(5, 4\), but says \(4, 4\)"),
+    "more words": (lambda: resized(nn.Embedding(4, 4)), r"weight of \(5, 4\), but says \(4, 4\)"),
+    "sparse": (lambda: sparse(nn.Linear(4, 4)), "Linear has a weight that is not dense"),
     "complex": (lambda: nn.Conv1d(4, 4, 3, dtype=torch.complex64), "weight of torch.complex64"),
     "float8": (lambda: nn.Conv1d(4, 4, 3).to(torch.float8_e4m3fn), "weight of torch.float8_e4m3fn"),
     "max norm": (lambda: nn.Embedding(9, 4, max_norm=1.0), "Embedding has max_norm"),
@@ -119,11 +147,18 @@ def test_a_model_without_sizes_is_refused_until_it_has_run(build):
     [
         ("vector", "'vector', but vector of Held is neither a matrix nor a stack"),
         ("codes", "'codes', but Held has a codes of torch.int8"),
-        ("bias", "'linear.bias', but bias of Linear is neither"),
+        ("linear.bias", "'linear.bias', but bias of Linear is neither"),
+        ("clipped.weight", "'clipped.weight', but Embedding has max_norm"),
+        ("both.weight", "'both.weight', but Bilinear is bilinear"),
+        ("scripted.weight", "'scripted.weight', but .* is compiled by TorchScript"),
+        ("named.extra", "'named.extra', but Named has an attribute 'rank' of its own"),
     ],
 )
 def test_parameters_that_cannot_be_adapted_are_refused_by_name(pattern, message):
     model = Held()
+    model.clipped, model.both = nn.Embedding(9, 4, max_norm=0.1), nn.Bilinear(3, 4, 5)
+    model.scripted, model.named = scripted(), Named(4, 4)
+    model.named.extra = nn.Parameter(torch.randn(4, 4))
     before = parts(model)
     with pytest.raises(TypeError, match=message):
         inject(model, rank=2, target_parameters=["matrix", pattern])
@@ -220,7 +255,7 @@ def test_a_subclass_has_the_handler_of_its_class():
     model = inject(nn.Sequential(Wider(3, 4, 3), Scaled(9, 4)), rank=2, target_modules=["0", "1"])
     assert isinstance(model[0], Wider)
     assert isinstance(model[1], handlers.RandLoRAEmbedding)
-    assert [m.base_class for m in model] == [Wider, Scaled]
+    assert [m._randlora_base for m in model] == [Wider, Scaled]
 
 
 def test_ranks_and_tables_of_all_kinds():
@@ -261,7 +296,7 @@ def test_the_summary_says_why_a_head_is_left_out():
     some = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(3, 4, 1), nn.Linear(4, 4))
     found = summary(inject(some, rank=2, target_modules="0"))
     assert found.left_out == {"1": "not a target", "2": "not a target"}
-    assert "left out: 2 more that could be adapted" in str(found)
+    assert "left out: 2 more, see left_out" in str(found)
 
 
 # --- what is computed ----------------------------------------------------------------------------
@@ -326,7 +361,7 @@ def test_an_error_within_a_call_leaves_nothing_held():
     model = inject(Experts(), rank=2, target_modules=[], target_parameters="up")
     with pytest.raises(RuntimeError, match="shape"):
         model(torch.randn(3, 5))
-    assert model._randlora.held is None
+    assert not model._randlora.held
 
 
 @pytest.mark.parametrize("basis", ["dense", "isometric"])
@@ -457,3 +492,311 @@ def test_autocast_computes_in_its_dtype(name):
     loss_of(got.float()).backward()
     assert all(p.grad.count_nonzero() for p in randlora.adapter_parameters(model))
     assert (got - want).abs().max() <= 0.1 * want.abs().max()
+
+
+# --- what reviews found --------------------------------------------------------------------------
+
+
+def adapted(module, rank=2, **keywords):
+    model = inject(nn.Sequential(module), rank, **keywords)
+    shuffled(model)
+    return model
+
+
+def test_a_merged_layer_sees_every_weight_it_is_given():
+    model, x = randlora.merge(adapted(nn.Linear(8, 8)).eval()), torch.randn(3, 8)
+    delta = model[0].delta_weight()
+    with torch.no_grad():
+        for _ in range(5):  # a tensor that is freed leaves its id to the next
+            weight = torch.randn(8, 8)
+            got = torch.func.functional_call(model, {"0.weight": weight}, (x,))
+            torch.testing.assert_close(got, F.linear(x, weight + delta, model[0].bias))
+            del weight
+        model[0]._parameters["weight"].data = torch.zeros(8, 8)
+        torch.testing.assert_close(model(x), F.linear(x, delta, model[0].bias))
+
+
+def test_a_merged_layer_made_in_inference_mode_computes():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(6, 5))
+    randlora.merge(inject(model, 2)).eval()
+    with torch.inference_mode():
+        assert model(torch.randn(2, 6)).shape == (2, 5)
+
+
+def test_a_merged_layer_that_is_not_trained_computes_in_training_mode():
+    model, x = adapted(nn.Linear(6, 5)), torch.randn(2, 6)
+    want = model(x).detach()
+    for parameter in randlora.adapter_parameters(model):
+        parameter.requires_grad_(False)
+    torch.testing.assert_close(randlora.merge(model).train()(x), want)
+
+
+@pytest.mark.parametrize("build", [lambda: nn.LSTM(8, 6), lambda: nn.Linear(8, 6)])
+def test_copies_of_a_merged_model_in_training_carry_no_folded_weight(build):
+    model = randlora.merge(adapted(build()))
+    assert model[0]._randlora.folded
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied[0]._randlora.merged
+        assert not copied[0]._randlora.folded
+
+
+def test_ids_out_of_range_are_refused_as_before():
+    layer = adapted(nn.Embedding(20, 4), target_modules="0")
+    for ids in (torch.tensor([-1]), torch.tensor([20])):
+        with pytest.raises(IndexError):
+            layer(ids)
+    with pytest.raises(RuntimeError, match="indices"):
+        layer(torch.tensor([1, 0], dtype=torch.uint8))
+
+
+def test_attributes_of_a_module_are_its_authors():
+    class Own(nn.Conv1d):
+        base_class = "mine"
+
+        def __init__(self):
+            super().__init__(4, 4, 1)
+            self.choice, self.rank, self.scaling = "mine", "mine", "mine"
+
+    model = adapted(Own())
+    for _ in range(2):
+        one = model[0]
+        assert {one.choice, one.rank, one.scaling, one.base_class} == {"mine"}
+        if isinstance(one, adapters.Adapted):
+            randlora.unload(model)
+
+
+def test_modules_trained_in_full_and_adapters_keep_apart():
+    model = inject(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), 2, modules_to_save="0")
+    inject(model, 2, adapter="b")
+    assert type(model[0]) is nn.Linear
+    inject(model, 2, adapter="c", target_modules="1")
+    before = parts(model)
+    with pytest.raises(ValueError, match="modules_to_save must not be adapted, but '1' is"):
+        inject(model, 2, adapter="d", modules_to_save="1")
+    assert parts(model) == before
+
+
+def test_a_wrapper_that_passes_attributes_on_is_not_saved_for_what_it_holds():
+    class Wrap(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.extra = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("inner"), name)
+
+    model = nn.Sequential(nn.Linear(8, 8), Wrap())
+    inject(model, 2, target_modules="0", modules_to_save="inner")
+    grad = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert grad == {"0.randlora_lambda", "0.randlora_gamma", "1.inner.weight", "1.inner.bias"}
+
+
+def test_a_scripted_module_can_be_trained_in_full():
+    model = nn.ModuleDict({"one": nn.Linear(8, 8), "other": nn.ModuleList([scripted()])})
+    inject(model, 2, target_modules="one", modules_to_save="other")
+    assert all(p.requires_grad for p in model["other"].parameters())
+
+
+def test_a_module_that_guards_its_attributes_is_adapted_and_given_back():
+    class Guarded(nn.Conv1d):
+        ready = False
+
+        def __setattr__(self, name, value):
+            if self.ready:
+                raise AttributeError("frozen")
+            super().__setattr__(name, value)
+
+    module = Guarded(4, 4, 1)
+    vars(module)["ready"] = True
+    model = adapted(nn.Sequential(nn.Linear(4, 4), module))
+    assert isinstance(module, adapters.Adapted)
+    randlora.unload(model)
+    assert type(module) is Guarded
+
+
+def test_a_model_with_a_parametrized_embedding_and_no_single_head_is_adapted():
+    embedding = nn.utils.parametrizations.spectral_norm(nn.Embedding(9, 4))
+    model = nn.ModuleDict({"e": embedding, "a": nn.MultiheadAttention(4, 2), "l": nn.Linear(4, 4)})
+    model.get_output_embeddings = lambda: [model["l"]]
+    assert list(adapted_modules(inject(model, 2))) == ["a", "a.out_proj", "l"]
+    assert summary(model).left_out == {
+        "e": "ParametrizedEmbedding computes its weight instead of holding it as a parameter"
+    }
+
+
+def test_a_part_of_a_call_can_be_recomputed_in_backward():
+    class Part(nn.Linear):
+        def body(self, x):
+            return F.linear(x, self.weight, self.bias).tanh()
+
+        def forward(self, x):
+            y = checkpoint(self.body, x, use_reentrant=False)
+            y = checkpoint(self.body, y, use_reentrant=False)
+            return y + F.linear(x, self.weight)
+
+    model = adapted(Part(8, 8)).double()
+    x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    weight, bias = model[0].delta_weight() + model[0].base_weight, model[0].bias
+    one = F.linear(x, weight, bias).tanh()
+    want = F.linear(one, weight, bias).tanh() + F.linear(x, weight)
+    trained = randlora.adapter_parameters(model)
+    for got, expected in zip(
+        torch.autograd.grad(model(x).sum(), trained),
+        torch.autograd.grad(want.sum(), trained),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_threads_do_not_share_a_call():
+    model, x = adapted(nn.LSTM(8, 6)), torch.randn(5, 2, 8)
+    trained = randlora.adapter_parameters(model)
+    want = torch.autograd.grad(model(x)[0].sum(), trained)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            step = lambda _: torch.autograd.grad(model(x)[0].sum(), trained)  # noqa: E731
+            for got in pool.map(step, range(24)):
+                torch.testing.assert_close(got, want)
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_a_call_within_a_call_forms_a_weight_once(monkeypatch):
+    class Again(nn.Linear):
+        def forward(self, x, depth=2):
+            y = F.linear(x, self.weight)
+            return self.forward(x, depth - 1) + F.linear(x, self.weight) if depth else y
+
+    formed, compute = [], adapters._compute
+    monkeypatch.setattr(adapters, "_compute", lambda *a: (formed.append(1), compute(*a))[1])
+    inject(nn.Sequential(Again(4, 4)), 2)(torch.randn(2, 4))
+    assert len(formed) == 1
+
+
+def test_half_an_adapter_of_a_model_does_not_load():
+    model = adapted(nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2)))
+    linear = ["0.0.randlora_lambda", "0.0.randlora_gamma"]
+    for keys in (linear, ["0.1.in_proj_weight_randlora_lambda"]):
+        state = model.state_dict()
+        for key in keys:
+            del state[key]
+        with pytest.raises(RuntimeError, match=f"Missing key.*{keys[0]}"):
+            model.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("build", "layout"),
+    [(nn.Conv2d, torch.channels_last), (nn.Conv3d, torch.channels_last_3d)],
+)
+def test_a_kernel_keeps_its_layout(build, layout):
+    conv = adapted(build(4, 6, 3).to(memory_format=layout))[0]
+    assert conv.weight.stride() == conv._parameters["weight"].stride()
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_inputs_go_through_a_linear_layer(layout):
+    model = adapted(nn.Linear(8, 6))
+    rows = [torch.randn(2, 8), torch.randn(3, 8)]
+    got = model(torch.nested.nested_tensor(rows, layout=layout))
+    for one, row in zip(got.unbind(), rows, strict=True):
+        torch.testing.assert_close(one, model(row))
+
+
+@pytest.mark.parametrize("basis", ["dense", "isometric"])
+def test_the_rank_of_an_embedding_counts_no_padding(basis):
+    embedding = nn.Embedding(16, 4, padding_idx=3)
+    model = adapted(embedding, target_modules="0", basis=basis).double()
+    (layer,) = rank_report(model)
+    assert not layer.certified
+    difference = (model[0].weight - model[0]._parameters["weight"]).detach()
+    torch.testing.assert_close(layer.singular_values, torch.linalg.svdvals(difference))
+
+
+def test_the_rank_of_few_isometric_bases():
+    (layer,) = rank_report(adapted(nn.Linear(8, 16), basis="isometric", num_bases=1))
+    assert (layer.certified, len(layer.singular_values), layer.rank) == (True, 8, 2)
+
+
+def test_the_update_of_a_transposed_weight_is_out_by_in():
+    model = adapted(Kernel(8, 12))
+    update = adapters.delta(model[0], model[0]._randlora.current["kernel"])
+    assert update.shape == (12, 8)
+    torch.testing.assert_close(model[0].kernel, model[0]._parameters["kernel"] + update.T)
+
+
+class Codes(nn.Linear):
+    """As quantised layers are: a linear layer with codes for a weight."""
+
+    returns = torch.float32
+
+    def __init__(self):
+        super().__init__(8, 6)
+        codes = torch.randint(-9, 9, (6, 8), dtype=torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype)).to(self.returns)
+
+
+def test_an_opaque_layer_draws_bases_for_what_it_is_given_and_returns_its_dtype():
+    class Half(Codes):
+        returns = torch.bfloat16
+
+    for build, returns in ((Codes, torch.float32), (Half, torch.bfloat16)):
+        model = adapted(build())
+        (update,) = model[0]._randlora.all()
+        assert model(torch.randn(3, 8)).dtype == returns
+        assert {dtype for _, dtype in update._stores} == {torch.float32}
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(torch.randn(3, 8))
+        assert {dtype for _, dtype in update._stores} == {torch.float32, torch.bfloat16}
+        model.double()
+        assert not update._stores
+
+
+def test_dropout_of_an_opaque_layer_is_on_its_update_in_training():
+    model, x = adapted(Codes(), dropout=0.5), torch.randn(64, 8)
+    assert not torch.equal(model.train()(x), model(x))
+    assert torch.equal(model.eval()(x), model(x))
+    with randlora.disabled(model):
+        assert torch.equal(model.train()(x), model(x))
+
+
+def test_an_opaque_layer_on_the_meta_device_is_refused():
+    with torch.device("meta"):
+        model = nn.Sequential(Opaque(8, 8))
+    with pytest.raises(ValueError, match="'0' is on the meta device"):
+        inject(model, 2)
+
+
+def test_a_bank_of_another_sparsity_is_another_bank():
+    model = adapted(nn.Linear(8, 8), basis=randlora.BasisBank("sparse", sparsity=4.0))
+    inject(model, 2, basis="sparse", adapter="two")
+    assert [bank.sparsity for bank in summary(model).banks] == [4.0, 6.0]
+
+
+@pytest.mark.parametrize("argument", ["exclude_modules", "modules_to_save"])
+def test_parameters_are_left_out_with_their_module(argument):
+    model = nn.ModuleDict({"a": Floats(), "b": Floats()})
+    inject(model, 2, target_parameters="matrix", **{argument: "a"})
+    assert not any("randlora" in name for name in model["a"].state_dict())
+    assert "matrix_randlora_lambda" in model["b"].state_dict()
+
+
+def test_updates_are_not_adapted_themselves():
+    model = inject(Floats(), 2, target_parameters="matrix")
+    inject(model, 2, target_parameters=r".*matrix.*", adapter="two")
+    assert all(name.count("randlora") < 2 for name in model.state_dict())
+
+
+class Floats(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.matrix = nn.Linear(8, 6), nn.Parameter(torch.randn(6, 8))

@@ -269,7 +269,7 @@ def by_hand(case, model):
             a, b = adapter.bank.a(r, p).double(), adapter.bank.b(q, m, torch.float64)
             shape = base.shape
             stack = "target_parameters" in case.keywords and len(shape) == 3
-            transposed = type(module).base_class.__name__ == "Conv1D"
+            transposed = type(module)._randlora_base.__name__ == "Conv1D"
             rows, columns = shape[-2:] if stack else (shape[0], shape[1:].numel())
             # Stored is the transpose of a square matrix, which is not wide.
             wide = rows < columns or (transposed and rows == columns)
