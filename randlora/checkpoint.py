@@ -465,9 +465,17 @@ def load_adapter(
             raise BasesError(f"the bases that {bank!r} gives here are not those of the file")
 
     if not present:
+        order = {module: list(module._parameters) for module in model.modules()}
+        ranks = {module: place for place, module in enumerate(order)}
+
+        def position(name: str) -> tuple[int, int]:  # in the order that `inject` has
+            module, parameter = targets[name].module, targets[name].site.parameter
+            inner = order[module].index(parameter) if parameter in order[module] else 0
+            return ranks[module], inner
+
         updates = {
-            targets[name]: (settings, contents.banks[bank])
-            for name, (_, settings, bank) in contents.updates.items()
+            targets[name]: (contents.updates[name][1], contents.banks[contents.updates[name][2]])
+            for name in sorted(contents.updates, key=position)
         }
         adapt(model, adapter, updates, [modules[name] for name in contents.modules_to_save])
     with torch.no_grad():
