@@ -197,7 +197,7 @@ def check(model: nn.Module, case: Case) -> None:
         x = torch.randn(64, layer.in_features).to(case.dtype)
         probe = torch.randn(64, layer.out_features).to(case.dtype)
         lam, gamma = layer.randlora_lambda, layer.randlora_gamma
-        (r, p), (q, m) = layer._sizes
+        r, p, q, m = layer.adapter.sizes
         a, b = layer.bank.a(r, p).double(), layer.bank.b(q, m).double()
         got = [x, lam, gamma]
         want = [t.detach().double() for t in got]

@@ -17,10 +17,11 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ __all__ = [
     "adapter_state_dict",
     "load_adapter",
     "read",
+    "replacing",
     "save_adapter",
 ]
 
@@ -100,6 +102,12 @@ class Contents:
             for site, settings, bank in self.updates.values()
             if bank == place
         ]
+
+    def check_bases(self) -> None:
+        """Draw the bases, and raise :class:`BasesError` unless they are those of the file."""
+        for place, (bank, digest) in enumerate(zip(self.banks, self.digests, strict=True)):
+            if bank.digest(self.sizes(place)) != digest:
+                raise BasesError(f"the bases that {bank!r} gives here are not those of the file")
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the header."""
@@ -299,19 +307,26 @@ def save_adapter(
     header = contents.header()
     header["checksum"] = _checksum(header, tensors)
     text = json.dumps(header)
+    with replacing(target) as file:
+        if target.suffix == ".pt":
+            torch.save({"randlora": text, **_packed(tensors)}, file)
+        else:
+            file.write(_safetensors().torch.save(tensors, {"randlora": text}))
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of ``target`` once all is written and on the disk."""
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         with open(beside, "xb") as file:
-            if target.suffix == ".pt":
-                torch.save({"randlora": text, **_packed(tensors)}, file)
-            else:
-                file.write(_safetensors().torch.save(tensors, {"randlora": text}))
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):  # that the name is on the disk too
+    if hasattr(os, "O_DIRECTORY"):  # its name, too
         folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
@@ -460,9 +475,7 @@ def load_adapter(
     saved = _check_saved(contents, model, modules)
     if check_base:
         _check_base(contents, targets)
-    for place, (bank, digest) in enumerate(zip(contents.banks, contents.digests, strict=True)):
-        if bank.digest(contents.sizes(place)) != digest:
-            raise BasesError(f"the bases that {bank!r} gives here are not those of the file")
+    contents.check_bases()
 
     if not present:
         order = {module: list(module._parameters) for module in model.modules()}

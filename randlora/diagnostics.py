@@ -16,7 +16,16 @@ from randlora.injection import left_out
 from randlora.layers import RandLoRALinear
 from randlora.planning import Plan
 
-__all__ = ["LayerRank", "LayerSummary", "RankReport", "Summary", "rank_report", "summary"]
+__all__ = [
+    "LayerRank",
+    "LayerSummary",
+    "RankReport",
+    "Summary",
+    "rank_report",
+    "spectrum",
+    "summary",
+    "table",
+]
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class Summary:
             for layer in self.layers
         ]
         header = ("layer", "out x in", "rank", "bases", "scaling", "trained", "plan")
-        lines = [_table(header if planned else header[:-1], rows)]
+        lines = [table(header if planned else header[:-1], rows)]
         heads = {name: why for name, why in self.left_out.items() if why.startswith("output head")}
         lines += [f"left out: {name} ({why})" for name, why in heads.items()]
         if others := len(self.left_out) - len(heads):
@@ -141,7 +150,7 @@ class RankReport:
             for layer in self.layers
         ]
         header = ("layer", "rank", "stable rank", "effective rank", "largest", "condition", "by")
-        return _table(header, rows)
+        return table(header, rows)
 
 
 def summary(model: nn.Module, tokens: int | None = None) -> Summary:
@@ -242,6 +251,12 @@ def _layer_rank(name: str, module: nn.Module, adapter: Adapter, index: int) -> L
     else:
         update = delta(module, adapter, torch.float64)
         sigma = torch.linalg.svdvals(update[index] if adapter.site.stack else update)
+    return spectrum(name, sigma, q, certified=certified)
+
+
+def spectrum(name: str, sigma: Tensor, q: int, *, certified: bool) -> LayerRank:
+    """What the singular values of a ``ΔW`` of ``q`` rows say, falling and in float64."""
+    p = len(sigma)
     if sigma[0] == 0:
         return LayerRank(name, p, 0, 0.0, 0.0, 0.0, certified, sigma)
     tolerance = q * torch.finfo(sigma.dtype).eps * sigma[0]
@@ -265,7 +280,8 @@ def _describe(plan: Plan | None) -> str:
     return f"{ways}, keeps {plan.keeps}{' and weight' * plan.keep_weight}"
 
 
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows under a header, the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = []
     for row in (header, tuple("-" * width for width in widths), *rows):

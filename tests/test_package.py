@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "handlers": {"adapters", "functional", "kernel", "layers"},
     "injection": {"_checks", "adapters", "bases", "handlers"},
     "merging": {"adapters", "injection"},
+    "__main__": {"checkpoint", "diagnostics", "functional", "operators"},
     "checkpoint": {"__version__", "adapters", "bases", "handlers", "injection"},
     "diagnostics": {"adapters", "bases", "injection", "layers", "planning"},
 }

@@ -1,0 +1,223 @@
+"""Commands on adapter files: ``python -m randlora inspect | verify | merge``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from randlora.checkpoint import CheckpointError, Contents, FileError, MismatchError, read, replacing
+from randlora.diagnostics import spectrum, table
+from randlora.functional import delta_weight, effective_weight
+from randlora.operators import DenseOperator
+
+_CHUNK = 2**24
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 1 where a file does not hold what it should, with the reason on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m randlora", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("inspect", help="say what is in a file, weight by weight")
+    command.add_argument("file")
+    command.add_argument("--ranks", action="store_true", help="compute the ranks of the updates")
+    command.set_defaults(run=lambda given: inspect(given.file, ranks=given.ranks))
+    command = commands.add_parser("verify", help="draw the bases anew and compare their digests")
+    command.add_argument("file")
+    command.set_defaults(run=lambda given: verify(given.file))
+    command = commands.add_parser("merge", help="add the updates to a model's weights, one by one")
+    command.add_argument("file")
+    command.add_argument("base", help="a .safetensors file with the weights of the model")
+    command.add_argument("out", help="the .safetensors file to write")
+    command.set_defaults(run=lambda given: merge(given.file, given.base, given.out))
+    given = parser.parse_args(arguments)
+    try:
+        given.run(given)
+    except (CheckpointError, OSError, ValueError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def inspect(path: str, *, ranks: bool = False) -> None:
+    """Print the header, and a line for each update."""
+    contents = read(path)
+    rows = []
+    for name, (site, settings, place) in contents.updates.items():
+        size = " x ".join(map(str, (*site.lead, site.out, site.in_)))
+        rows.append(
+            (
+                name,
+                size,
+                str(settings.rank),
+                str(settings.num_bases),
+                f"{settings.scaling:g}",
+                f"{contents.numbers[name].numel():,}",
+                str(place),
+                *([_ranks(contents, name)] if ranks else []),
+            )
+        )
+    header = ("weight", "out x in", "rank", "bases", "scaling", "trained", "bank")
+    print(f"written by randlora {contents.version}")
+    print(table((*header, "rank of update") if ranks else header, rows))
+    for place, (bank, digest) in enumerate(zip(contents.banks, contents.digests, strict=True)):
+        print(f"bank {place}: {bank!r}, digest {digest[:16]}…")
+    if contents.modules_to_save:
+        count = sum(tensor.numel() for tensor in contents.saved.values())
+        print(f"trained in full: {', '.join(contents.modules_to_save)}: {count:,} numbers")
+
+
+def verify(path: str) -> None:
+    """Draw the bases anew; an error unless they are those that the adapter was trained with."""
+    contents = read(path)
+    contents.check_bases()
+    banks = ", ".join(map(repr, contents.banks))
+    print(f"{len(contents.updates)} updates; {banks}: the bases are those of the file")
+
+
+def merge(path: str, base: str, out: str) -> None:
+    """Write the weights of ``base`` with the updates added, each rounded once to its dtype.
+
+    They are read, changed and written one by one.
+    """
+    contents = read(path)
+    contents.check_bases()
+    if Path(out).suffix != ".safetensors":
+        raise ValueError(f"out must end in .safetensors, got {out!r}")
+    with open(base, "rb") as source:
+        head, entries = _entries(source)
+        start = source.tell()
+        _check(contents, entries)
+        order = sorted(entries, key=lambda name: int(entries[name]["data_offsets"][0]))
+        with replacing(Path(out)) as target, _progress(len(order)) as step:
+            target.write(len(head).to_bytes(8, "little") + head)
+            for name in order:
+                lo, hi = entries[name]["data_offsets"]
+                source.seek(start + lo)
+                target.seek(8 + len(head) + lo)
+                if name in contents.updates or name in contents.saved:
+                    changed = _changed(contents, name, entries[name], source.read(hi - lo))
+                    target.write(changed.reshape(-1).view(torch.uint8).numpy().tobytes())
+                else:
+                    for at in range(lo, hi, _CHUNK):
+                        target.write(source.read(min(_CHUNK, hi - at)))
+                step()
+
+
+def _entries(file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
+    """The header of a safetensors file, as it is and read."""
+    try:
+        size = int.from_bytes(file.read(8), "little")
+        if size > os.fstat(file.fileno()).st_size:
+            raise ValueError("it is shorter than its header says")
+        head = file.read(size)
+        entries = json.loads(head)
+        entries.pop("__metadata__", None)
+        end = max(entry["data_offsets"][1] for entry in entries.values())
+        if 8 + size + end != os.fstat(file.fileno()).st_size:
+            raise ValueError("it is not as long as its header says")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"{file.name!r} is not a whole .safetensors file: {error}") from error
+    return head, entries
+
+
+def _check(contents: Contents, entries: dict[str, Any]) -> None:
+    for name, (site, *_) in contents.updates.items():
+        if site.opaque:
+            raise MismatchError(f"{name!r} is not to be read, so nothing can be added to it")
+        if name not in entries:
+            raise MismatchError(f"the base has no {name!r}, which the adapter has an update for")
+    for name, entry in entries.items():
+        if name in contents.updates:
+            site = contents.updates[name][0]
+            size = math.prod((*site.lead, site.out, site.in_))
+            if entry["dtype"] not in _DTYPES or math.prod(entry["shape"]) != size:
+                raise MismatchError(
+                    f"the base has {name!r} as {entry['dtype']} of {entry['shape']}, the adapter "
+                    f"an update for {site.out} x {site.in_}"
+                )
+        elif name in contents.saved:
+            lo, hi = entry["data_offsets"]
+            saved = contents.saved[name]
+            size = saved.numel() * _DTYPES.get(entry["dtype"], saved.dtype).itemsize
+            if entry["shape"] != list(saved.shape) or hi - lo != size:
+                raise MismatchError(
+                    f"the base has {name!r} as {entry['dtype']} of {entry['shape']}, the adapter "
+                    f"as {saved.dtype} of {list(saved.shape)}"
+                )
+
+
+def _changed(contents: Contents, name: str, entry: dict[str, Any], data: bytes) -> Tensor:
+    """A weight with its update, or what it was trained to in full."""
+    if name in contents.saved:
+        saved = contents.saved[name]
+        return saved.to(_DTYPES.get(entry["dtype"], saved.dtype)).contiguous()
+    dtype = _DTYPES[entry["dtype"]]
+    site, settings, place = contents.updates[name]
+    weight = torch.frombuffer(bytearray(data), dtype=dtype).view(entry["shape"])
+    bank, numbers = contents.banks[place], contents.numbers[name].float()
+    store = bank.store(weight.device, weight.dtype)
+    a, b = store.operands(settings.rank, site.p, site.q, settings.num_bases * settings.rank)
+    lam, gamma = numbers[..., : settings.rank], numbers[..., settings.rank :]
+    merged = [
+        effective_weight(w, la, ga, a, b, scaling=settings.scaling, wide=site.wide)
+        for w, la, ga in (
+            zip(site.matrix(weight), lam, gamma, strict=True)
+            if site.stack
+            else [(site.matrix(weight), lam, gamma)]
+        )
+    ]
+    result = torch.stack(merged).view(weight.shape)
+    if site.kept is not None:
+        result[site.kept] = weight[site.kept]
+    return result
+
+
+def _ranks(contents: Contents, name: str) -> str:
+    """The rank of an update in float64, of a stack the lowest, of how many there could be."""
+    site, settings, place = contents.updates[name]
+    bank, m = contents.banks[place], settings.num_bases * settings.rank
+    a, b = bank.a(settings.rank, site.p).double(), bank.b(site.q, m, torch.float64)
+    numbers = contents.numbers[name].double().reshape(-1, *contents.numbers[name].shape[-2:])
+    ranks = []
+    for one in numbers:
+        lam, gamma = one[:, : settings.rank], one[:, settings.rank :]
+        update = delta_weight(lam, gamma, a, DenseOperator(b), scaling=settings.scaling)
+        ranks.append(spectrum(name, torch.linalg.svdvals(update), site.q, certified=False).rank)
+    return f"{min(ranks)} of {site.p}"
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """A bar on a terminal, which is drawn at each call."""
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if sys.stderr.isatty():
+            bar = "#" * (30 * done // total)
+            print(f"\r[{bar:<30}] {done} of {total}", end="", file=sys.stderr, flush=True)
+
+    yield step
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

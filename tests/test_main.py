@@ -1,0 +1,115 @@
+"""The commands: what is in a file, whether its bases are, and its updates in a file of weights."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+
+import randlora
+from randlora.__main__ import main
+from randlora.diagnostics import rank_report
+from tests.test_checkpoint import TOKENS, plain, rewrite, trained, with_bank
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    randlora.save_adapter(trained(), path)
+    return path
+
+
+def test_inspect_says_what_is_there(path, capsys):
+    assert main(["inspect", str(path), "--ranks"]) == 0
+    out = capsys.readouterr().out
+    rows = {line.split("  ")[0]: line for line in out.splitlines()}
+    assert rows["attention.in_proj_weight"].split() == [
+        *("attention.in_proj_weight", "24", "x", "8", "3", "3", "1", "33", "0", "8", "of", "8")
+    ]
+    ranks = {r.name: r.rank for r in rank_report(trained())}
+    assert rows["experts.down"].endswith(f"{ranks['experts.down[0]']} of 8")
+    assert "bank 0: BasisBank('sparse', seed=5, sparsity=6), digest " in out
+    assert "trained in full: norm, head: 46 numbers" in out
+    assert main(["inspect", str(path)]) == 0
+    assert "rank of update" not in capsys.readouterr().out
+
+
+def test_verify_tells_other_bases(path, capsys):
+    assert main(["verify", str(path)]) == 0
+    assert capsys.readouterr().out.startswith("6 updates; BasisBank(")
+    with_bank(randlora.BasisBank("sparse", seed=6))(path)
+    assert main(["verify", str(path)]) == 1
+    assert capsys.readouterr().err.startswith("BasesError: the bases that BasisBank('sparse'")
+    path.write_bytes(b"")
+    assert main(["verify", str(path)]) == 1
+    assert capsys.readouterr().err.startswith("FileError: ")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("basis", ["dense", "sparse", "isometric"])
+def test_merge_writes_what_merging_a_model_gives(tmp_path, basis, dtype):
+    adapter, base, out = (tmp_path / f"{n}.safetensors" for n in ("adapter", "base", "out"))
+    model = trained(basis=basis)
+    randlora.save_adapter(model, adapter)
+    weights = plain().to(dtype)
+    safetensors.torch.save_file(weights.state_dict(), base, {"format": "pt", "note": "kept"})
+    assert main(["merge", str(adapter), str(base), str(out)]) == 0
+    want = randlora.unload(randlora.load_adapter(plain().to(dtype), adapter), merge=True)
+    got = safetensors.torch.load_file(out)
+    assert got.keys() == want.state_dict().keys()
+    for name, tensor in want.state_dict().items():
+        assert torch.equal(got[name], tensor), name
+    with safetensors.safe_open(out, "pt") as file:
+        assert file.metadata() == {"format": "pt", "note": "kept"}
+    weights.load_state_dict(got)
+    with torch.no_grad():
+        assert torch.equal(weights(TOKENS), want(TOKENS))
+
+
+def short(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def without_conv(path):
+    state = {n: t for n, t in plain().state_dict().items() if not n.startswith("conv")}
+    safetensors.torch.save_file(state, path)
+
+
+def other_conv(path):
+    state = {**plain().state_dict(), "conv.weight": torch.zeros(5, 8, 1)}
+    safetensors.torch.save_file(state, path)
+
+
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [
+        (short, "FileError: .*it is not as long as its header says"),
+        (lambda p: p.write_text("text"), "FileError: .* is not a whole .safetensors file"),
+        (without_conv, "MismatchError: the base has no 'conv.weight'"),
+        (other_conv, "MismatchError: the base has 'conv.weight' as F32 of"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused_and_nothing_written(path, tamper, message, capsys):
+    base, out = path.with_name("base.safetensors"), path.with_name("out.safetensors")
+    safetensors.torch.save_file(plain().state_dict(), base)
+    out.write_text("before")
+    tamper(base)
+    assert main(["merge", str(path), str(base), str(out)]) == 1
+    error = capsys.readouterr().err
+    assert re.match(message, error), error
+    assert out.read_text() == "before"
+    assert len(list(path.parent.iterdir())) == 3
+
+
+def test_it_is_run_as_a_module(path):
+    command = [sys.executable, "-m", "randlora", "verify", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "the bases are those of the file" in done.stdout
+
+
+def test_rewriting_changes_nothing_by_itself(path):
+    before = path.read_bytes()
+    rewrite(path, lambda contents: contents)
+    assert path.read_bytes() == before
