@@ -123,6 +123,7 @@ CASES = {
 }
 
 
+ONEDNN = products.ONEDNN  # what this machine's default is
 Prepare: TypeAlias = Callable[[nn.Module, Case], nn.Module]
 
 # --- the methods ---------------------------------------------------------------------------------
@@ -225,7 +226,7 @@ class Run:
     """One model with its optimiser, and the seconds of its steps."""
 
     def __init__(self, name: str, prepare: Prepare, case: Case, *, to_check: bool = True) -> None:
-        self.onednn = "torch's GEMM" not in name
+        self.onednn = ONEDNN and "torch's GEMM" not in name
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.model = prepare(case.model(), case).train()
@@ -345,7 +346,7 @@ def bench(case_name: str, rounds: int, memory: bool) -> list[dict[str, object]]:
     case = CASES[case_name]
     rates = gemm_rate(case.dtype, False), gemm_rate(case.dtype, True)
     methods = METHODS.copy()
-    if case.dtype != torch.float32:
+    if case.dtype != torch.float32 or not ONEDNN:
         del methods["dense, torch's GEMM"]  # there it is no other
     runs = {name: Run(name, prepare, case) for name, prepare in methods.items()}
     with tqdm(total=(rounds + 1) * len(runs), desc=case_name, leave=False) as bar:

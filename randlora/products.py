@@ -4,10 +4,14 @@ On a CPU torch takes float32 products to MKL, which on processors not made by In
 than AVX2 allows, and those in low precision to oneDNN, which uses AVX-512 where it is. oneDNN's
 float32 product is not reached by ``a @ b``, but by the operator that torch's own compiler emits for
 linear layers. It is the same IEEE arithmetic, summed in another order, and was measured to be
-twice as fast (``benchmarks/README.md``).
+twice as fast on a processor of AMD, and three times slower than MKL on one of Intel
+(``benchmarks/README.md``).
 """
 
 from __future__ import annotations
+
+import platform
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +19,19 @@ from torch.autograd import forward_ad
 
 __all__ = ["ONEDNN", "addmm_", "mm", "onednn"]
 
+
+def _made_by_amd() -> bool:
+    """Whether the processor is one of AMD's, as the system says."""
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return "AuthenticAMD" in platform.processor()
+
+
 # Whether float32 products may go to oneDNN; to be set as it is here. Which way a product takes
 # depends on this, the processor, sizes, strides, and whether derivatives are recorded; its bits, as
 # those of any product, on the number of threads as well.
-ONEDNN = True
+ONEDNN = _made_by_amd()
 
 _SMALLEST = 64  # where it was measured not to lose: every dimension at least,
 _LEAST = 2**23  # and multiply-adds

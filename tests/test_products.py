@@ -15,9 +15,7 @@ from tests.cases import assert_close
 from tests.test_operators import matrix
 
 LAYOUTS = ("rows", "columns", "strided", "tile")
-needs_onednn = pytest.mark.skipif(
-    not products.onednn(torch.float32, torch.device("cpu")), reason="no use for oneDNN here"
-)
+needs_onednn = pytest.mark.skipif(not products._AVAILABLE, reason="no oneDNN to ask here")
 
 
 def laid_out(rows, columns, layout, dtype=torch.float32):
@@ -38,6 +36,7 @@ def asked(monkeypatch):
         return real(a, b)
 
     monkeypatch.setattr(products, "_AVAILABLE", True)
+    monkeypatch.setattr(products, "ONEDNN", True)
     monkeypatch.setattr(products, "_onednn", record)
     return calls
 
@@ -126,6 +125,19 @@ def test_the_gradient_of_the_input_is_laid_out_by_rows():
             x, weight, None, c.lam.float(), c.gamma.float(), a, b, choice=Choice(way, way)
         )
         assert torch.autograd.grad(y.sum(), x)[0].is_contiguous()
+
+
+@pytest.mark.parametrize(("vendor", "asked"), [("AuthenticAMD", True), ("GenuineIntel", False)])
+def test_only_processors_of_amd_ask_by_default(vendor, asked, monkeypatch):
+    monkeypatch.setattr(products.Path, "read_text", lambda path: f"vendor_id : {vendor}")
+    assert products._made_by_amd() is asked
+
+    def fail(path):
+        raise OSError
+
+    monkeypatch.setattr(products.Path, "read_text", fail)
+    monkeypatch.setattr(products.platform, "processor", lambda: f"Family 25, {vendor}")
+    assert products._made_by_amd() is asked
 
 
 def test_an_operator_of_another_signature_is_no_use(monkeypatch):
