@@ -26,14 +26,8 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 from torch import Tensor, nn
 
-from randlora.adapters import (
-    DEFAULT,
-    Adapted,
-    Settings,
-    Site,
-    adapted_modules,
-    check_adapter_name,
-)
+from randlora.adapted import Adapted, adapted_modules
+from randlora.adapters import DEFAULT, Settings, Site, check_adapter_name
 from randlora.bases import FORMAT_VERSION, BasisBank
 from randlora.handlers import parameter_site
 from randlora.injection import SAVED, Place, adapt

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from randlora.adapters import Adapter, adapted_modules, delta, weight_name
+from randlora.adapted import adapted_modules, delta
+from randlora.adapters import Adapter, weight_name
 from randlora.bases import BasisBank
 from randlora.injection import left_out
 from randlora.layers import RandLoRALinear

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from randlora.adapters import Adaptation, Adapted, Site, effective, reset, unsupported
+from randlora.adapted import Adaptation, Adapted, effective, reset
+from randlora.adapters import Site, unsupported
 from randlora.functional import effective_weight, randlora_linear
 from randlora.kernel import autocast_dtype
 from randlora.layers import RandLoRALinear, linear_site, taken

@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeAlias, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from randlora._checks import as_positive_int, as_scaling
+from randlora.adapted import Adapted, adapted_class, adapted_modules, install
 from randlora.adapters import (
     DEFAULT,
-    Adapted,
     Adapter,
     Settings,
     Site,
-    adapted_class,
-    adapted_modules,
     check_adapter_name,
-    install,
     weight_name,
 )
 from randlora.bases import KINDS, BasisBank
 from randlora.handlers import handler_of, parameter_site, sites_of
+from randlora.patterns import (
+    NAME,
+    Names,
+    Parameter,
+    Pattern,
+    Target,
+    beneath,
+    is_predicate,
+    matches,
+    selected,
+)
 
 __all__ = ["SAVED", "Place", "adapt", "adapter_parameters", "inject", "left_out", "train"]
 
-Predicate: TypeAlias = Callable[[str, nn.Module], bool]
-Pattern: TypeAlias = str | re.Pattern[str]
-Target: TypeAlias = Pattern | Iterable[Pattern] | Predicate
-_Parameter: TypeAlias = tuple[nn.Module, str]
-_Names: TypeAlias = Mapping[Any, list[str]]  # of modules, or of parameters
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-_NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
 _HEADS = {"classifier", "embed_out", "fc", "head", "heads", "lm_head", "logits", "score"}
 _OURS = "randlora_lambda", "randlora_gamma"
 SAVED = "randlora_saved"  # set on the modules that `modules_to_save` named
@@ -136,7 +136,7 @@ def inject(
 
     supported = _supported(names)
     heads = _output_heads(model, names, supported)
-    saved = _covered("modules_to_save", modules_to_save, names)
+    saved = selected("modules_to_save", modules_to_save, names)
     for module in saved:
         if isinstance(module, Adapted):
             raise ValueError(
@@ -268,7 +268,7 @@ def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
     return names
 
 
-def _parameter_names(names: _Names) -> dict[_Parameter, list[str]]:
+def _parameter_names(names: Names) -> dict[Parameter, list[str]]:
     """Each parameter by its module and its name there, with every dotted name."""
     return {
         (module, name): [f"{alias}.{name}" if alias else name for alias in aliases]
@@ -278,7 +278,7 @@ def _parameter_names(names: _Names) -> dict[_Parameter, list[str]]:
     }
 
 
-def _supported(names: _Names) -> dict[nn.Module, list[Site]]:
+def _supported(names: Names) -> dict[nn.Module, list[Site]]:
     """The modules that are adapted unless something is said against it, with their weights."""
     supported = {}
     for module in names:
@@ -289,7 +289,7 @@ def _supported(names: _Names) -> dict[nn.Module, list[Site]]:
 
 
 def _output_heads(
-    model: nn.Module, names: _Names, supported: Mapping[nn.Module, Any]
+    model: nn.Module, names: Names, supported: Mapping[nn.Module, Any]
 ) -> dict[nn.Module, str]:
     """The layers that map to the outputs, and what says so: the model, a tied weight, a name."""
     heads: dict[nn.Module, str] = {}
@@ -313,7 +313,7 @@ def _output_heads(
 
 
 def _targets(
-    names: _Names,
+    names: Names,
     supported: Mapping[nn.Module, list[Site]],
     heads: Mapping[nn.Module, str],
     target: Target | None,
@@ -325,23 +325,23 @@ def _targets(
     sites = dict(supported)
     if target is None:
         chosen = {m for m in supported if m not in heads}
-    elif _is_predicate(target):
+    elif is_predicate(target):
         chosen = {m for m in supported if any(target(name, m) for name in names[m])}
     else:
-        hits = _hits("target_modules", target, names)
+        hits = matches("target_modules", target, names)
         for pattern, modules in hits.items():
             _refuse_unsupported(pattern, modules, names)
         named = set().union(*hits.values())
         for module in named - set(supported):  # embeddings, where they are meant themselves
             if isinstance(found := sites_of(module), list):
                 sites[module] = found
-        chosen = _beneath(named) & set(sites)
-    chosen -= _covered("exclude_modules", exclude, names) | saved
+        chosen = beneath(named) & set(sites)
+    chosen -= selected("exclude_modules", exclude, names) | saved
     return [Place(m, site) for m in names if m in chosen for site in sites[m]]
 
 
 def _further(
-    names: _Names,
+    names: Names,
     targets: list[Place],
     patterns: Pattern | Iterable[Pattern] | None,
     exclude: Target | None,
@@ -351,9 +351,9 @@ def _further(
     further: dict[Place, None] = {}
     if patterns is None:
         return []
-    out = _covered("exclude_modules", exclude, names) | saved
+    out = selected("exclude_modules", exclude, names) | saved
     known = _parameter_names(names)
-    for pattern, parameters in _hits("target_parameters", patterns, known).items():
+    for pattern, parameters in matches("target_parameters", patterns, known).items():
         for module, name in parameters:
             site = parameter_site(module, name)
             if isinstance(site, str):
@@ -366,7 +366,7 @@ def _further(
 
 
 def _check_targets(
-    names: _Names,
+    names: Names,
     supported: Mapping[nn.Module, Any],
     heads: Mapping[nn.Module, str],
     targets: list[Place],
@@ -402,7 +402,7 @@ def _class(module: nn.Module, updates: Iterable[Adapter]) -> Any:
 
 
 def _settings(
-    names: _Names,
+    names: Names,
     targets: list[Place],
     rank: int | Mapping[Pattern, int],
     alpha: float | None,
@@ -438,17 +438,17 @@ def _settings(
 
 
 def _ranks(
-    names: _Names, targets: list[Place], rank: int | Mapping[Pattern, int]
+    names: Names, targets: list[Place], rank: int | Mapping[Pattern, int]
 ) -> dict[Place, int]:
     if not isinstance(rank, Mapping):
         return dict.fromkeys(targets, as_positive_int("rank", rank))
     table = {
         pattern: as_positive_int(f"rank[{pattern!r}]", value) for pattern, value in rank.items()
     }
-    hits = _hits("rank", table, {**names, **_parameter_names(names)})
+    hits = matches("rank", table, {**names, **_parameter_names(names)})
     covered = {}
     for pattern, found in hits.items():
-        modules = _beneath(m for m in found if isinstance(m, nn.Module))
+        modules = beneath(m for m in found if isinstance(m, nn.Module))
         covered[pattern] = {
             t for t in targets if t.module in modules or (t.module, t.site.parameter) in found
         }
@@ -485,74 +485,7 @@ def _bank(
     return next((other for other in known if other.same_recipe(bank)), bank)
 
 
-# --- patterns ------------------------------------------------------------------------------------
-
-
-def _covered(argument: str, target: Target | None, names: _Names) -> set[nn.Module]:
-    """The modules of any type that ``target`` selects, with all beneath them."""
-    if target is None:
-        return set()
-    if _is_predicate(target):
-        chosen = {m for m, aliases in names.items() if any(target(name, m) for name in aliases)}
-    else:
-        chosen = set().union(*_hits(argument, target, names).values())
-    return _beneath(chosen)
-
-
-def _is_predicate(target: Any) -> TypeGuard[Predicate]:
-    return callable(target) and not isinstance(target, type | nn.Module)
-
-
-def _beneath(modules: Iterable[nn.Module]) -> set[nn.Module]:
-    return {inner for module in modules for inner in module.modules()}
-
-
-def _hits(argument: str, target: Any, names: Mapping[Any, list[str]]) -> dict[Pattern, set[Any]]:
-    """What each pattern matches; a pattern that matches nothing is an error."""
-    if isinstance(target, str | re.Pattern):
-        target = [target]
-    if not isinstance(target, Iterable):
-        raise TypeError(
-            f"{argument} must be a name, a regular expression, a list of these or a predicate, got "
-            f"{target!r} of type {type(target).__name__}"
-        )
-    hits: dict[Pattern, set[Any]] = {}
-    for pattern in target:
-        fits = _compile(argument, pattern).fullmatch
-        hits[pattern] = {m for m, aliases in names.items() if any(map(fits, aliases))}
-        if not hits[pattern]:  # a name may hold any letters: taken to the letter it may be one
-            hits[pattern] = {m for m, aliases in names.items() if pattern in aliases}
-        if not hits[pattern]:
-            full = [name for aliases in names.values() for name in aliases]
-            known = sorted({*full, *(name.split(".")[-1] for name in full)})
-            close = difflib.get_close_matches(str(pattern), known)
-            hint = f"; close to it: {', '.join(map(repr, close))}" if close else ""
-            what = "parameter" if argument == "target_parameters" else "module"
-            raise ValueError(f"{argument}={pattern!r} matches no {what} of the model{hint}")
-    return hits
-
-
-def _compile(argument: str, pattern: Any) -> re.Pattern[str]:
-    """The regular expression for the full dotted name that a pattern stands for."""
-    if isinstance(pattern, re.Pattern):
-        return pattern
-    if not isinstance(pattern, str):
-        raise TypeError(
-            f"{argument} must hold names and regular expressions, got {pattern!r} of type "
-            f"{type(pattern).__name__}"
-        )
-    if _NAME.fullmatch(pattern):
-        return re.compile(rf"(.+\.)?{re.escape(pattern)}")
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"{argument} must hold names and regular expressions, but {pattern!r} is neither: "
-            f"{error}"
-        ) from error
-
-
-def _refuse_unsupported(pattern: Pattern, hits: set[nn.Module], names: _Names) -> None:
+def _refuse_unsupported(pattern: Pattern, hits: set[nn.Module], names: Names) -> None:
     """Raise if a target pattern selects no supported layer, or names an unsupported one itself.
 
     A container with supported layers beneath it may well hold a parameter of its own, say an
@@ -560,10 +493,10 @@ def _refuse_unsupported(pattern: Pattern, hits: set[nn.Module], names: _Names) -
     """
 
     def empty(modules: Iterable[nn.Module]) -> bool:
-        return all(isinstance(sites_of(m), str) for m in _beneath(modules))
+        return all(isinstance(sites_of(m), str) for m in beneath(modules))
 
     nothing = empty(hits)
-    by_name = isinstance(pattern, str) and _NAME.fullmatch(pattern)
+    by_name = isinstance(pattern, str) and NAME.fullmatch(pattern)
     for module in names:
         reason = sites_of(module) if module in hits else None
         layer = any(True for _ in module.parameters(recurse=False)) and (

@@ -11,19 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora._checks import as_positive_int
-from randlora.adapters import (
-    DEFAULT,
-    Adapted,
-    Adapter,
-    Settings,
-    Site,
-    adapted_class,
-    delta,
-    effective,
-    install,
-    reset,
-    unsupported,
-)
+from randlora.adapted import Adapted, adapted_class, delta, effective, install, reset
+from randlora.adapters import DEFAULT, Adapter, Settings, Site, unsupported
 from randlora.bases import BasisBank
 from randlora.functional import check_input, randlora_linear, work_of
 from randlora.kernel import autocast_dtype

@@ -15,15 +15,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from randlora.adapters import (
-    adapted_modules,
-    check_adapter_name,
-    fold,
-    plain_class,
-    remove,
-    uninstall,
-    weight_name,
-)
+from randlora.adapted import adapted_modules, fold, plain_class, remove, uninstall
+from randlora.adapters import check_adapter_name, weight_name
 from randlora.injection import SAVED, train
 
 __all__ = ["delete_adapter", "disabled", "merge", "set_adapter", "unload", "unmerge"]

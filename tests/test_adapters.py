@@ -9,7 +9,7 @@ from torch import nn
 
 import randlora
 from randlora import adapter_parameters, delete_adapter, inject, set_adapter, summary
-from randlora.adapters import adapted_modules
+from randlora.adapted import adapted_modules
 
 X = torch.linspace(-1, 1, 2 * 5 * 8).reshape(2, 5, 8)
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import randlora
 from randlora import checkpoint, inject, load_adapter, save_adapter, set_adapter
-from randlora.adapters import adapted_modules
+from randlora.adapted import adapted_modules
 from randlora.checkpoint import (
     BaseModelError,
     BasesError,
@@ -519,7 +519,7 @@ for _ in range(50):
     if not writer:
         while True:
             save_adapter(model, {path!r})
-    time.sleep(5 * long * choose.random())
+    time.sleep(5 * long * choose.random())  # not to wait for it: to hit it anywhere
     os.kill(writer, signal.SIGKILL)
     os.waitpid(writer, 0)
     assert torch.equal(load_adapter(plain(), {path!r})(TOKENS), want)

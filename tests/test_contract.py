@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import randlora
 from randlora import reference
-from randlora.adapters import Adapted, adapted_modules
+from randlora.adapted import Adapted, adapted_modules
 
 # --- modules -------------------------------------------------------------------------------------
 

@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import randlora
-from randlora import adapters, handlers, inject, rank_report, register, summary
-from randlora.adapters import adapted_modules
+from randlora import adapted as core
+from randlora import handlers, inject, rank_report, register, summary
+from randlora.adapted import adapted_modules
 from tests.test_contract import (
     ROWS,
     Experts,
@@ -193,7 +194,7 @@ def test_eight_bits_of_bitsandbytes():
     assert torch.equal(model(x), base)
     shuffled(model)
     update = model._randlora.current["weight"]
-    delta = adapters.delta(model, update)
+    delta = core.delta(model, update)
     torch.testing.assert_close(model(x), base + F.linear(x, delta), rtol=1e-5, atol=1e-4)
     model(x).sum().backward()
     torch.testing.assert_close(x.grad, grad + delta.sum(0).expand_as(x), rtol=1e-5, atol=1e-4)
@@ -282,7 +283,7 @@ def test_ranks_and_tables_of_all_kinds():
     }
     one = next(layer for layer in rank_report(model) if layer.name == "x.up[1]")
     module, adapter = model["x"], model["x"]._randlora.current["up"]
-    exact = torch.linalg.svdvals(adapters.delta(module, adapter, torch.float64)[1])
+    exact = torch.linalg.svdvals(core.delta(module, adapter, torch.float64)[1])
     assert one.certified
     torch.testing.assert_close(one.singular_values, exact, rtol=1e-6, atol=1e-6)
 
@@ -305,13 +306,13 @@ def test_the_summary_says_why_a_head_is_left_out():
 @pytest.fixture
 def formed(monkeypatch):
     """The shapes of the effective weights that are formed."""
-    shapes, whole = [], adapters.effective_weight
+    shapes, whole = [], core.effective_weight
 
     def record(weight, *args, **keywords):
         shapes.append(tuple(weight.shape))
         return whole(weight, *args, **keywords)
 
-    monkeypatch.setattr(adapters, "effective_weight", record)
+    monkeypatch.setattr(core, "effective_weight", record)
     monkeypatch.setattr(handlers, "effective_weight", record)
     return shapes
 
@@ -562,7 +563,7 @@ def test_attributes_of_a_module_are_its_authors():
     for _ in range(2):
         one = model[0]
         assert {one.choice, one.rank, one.scaling, one.base_class} == {"mine"}
-        if isinstance(one, adapters.Adapted):
+        if isinstance(one, core.Adapted):
             randlora.unload(model)
 
 
@@ -613,7 +614,7 @@ def test_a_module_that_guards_its_attributes_is_adapted_and_given_back():
     module = Guarded(4, 4, 1)
     vars(module)["ready"] = True
     model = adapted(nn.Sequential(nn.Linear(4, 4), module))
-    assert isinstance(module, adapters.Adapted)
+    assert isinstance(module, core.Adapted)
     randlora.unload(model)
     assert type(module) is Guarded
 
@@ -673,8 +674,8 @@ def test_a_call_within_a_call_forms_a_weight_once(monkeypatch):
             y = F.linear(x, self.weight)
             return self.forward(x, depth - 1) + F.linear(x, self.weight) if depth else y
 
-    formed, compute = [], adapters._compute
-    monkeypatch.setattr(adapters, "_compute", lambda *a: (formed.append(1), compute(*a))[1])
+    formed, compute = [], core._compute
+    monkeypatch.setattr(core, "_compute", lambda *a: (formed.append(1), compute(*a))[1])
     inject(nn.Sequential(Again(4, 4)), 2)(torch.randn(2, 4))
     assert len(formed) == 1
 
@@ -726,7 +727,7 @@ def test_the_rank_of_few_isometric_bases():
 
 def test_the_update_of_a_transposed_weight_is_out_by_in():
     model = adapted(Kernel(8, 12))
-    update = adapters.delta(model[0], model[0]._randlora.current["kernel"])
+    update = core.delta(model[0], model[0]._randlora.current["kernel"])
     assert update.shape == (12, 8)
     torch.testing.assert_close(model[0].kernel, model[0]._parameters["kernel"] + update.T)
 

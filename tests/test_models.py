@@ -13,7 +13,7 @@ from torch import nn
 
 import randlora
 from randlora import reference
-from randlora.adapters import adapted_modules
+from randlora.adapted import adapted_modules
 
 transformers = pytest.importorskip("transformers")
 

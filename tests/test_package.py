@@ -26,14 +26,19 @@ MAY_IMPORT = {
     "bases": {"_checks", "isometry", "operators"},
     "kernel": {"operators", "planning", "products"},
     "functional": {"kernel", "operators", "planning"},
-    "adapters": {"_checks", "bases", "functional", "operators"},
-    "layers": {"_checks", "adapters", "bases", "functional", "kernel", "operators", "planning"},
-    "handlers": {"adapters", "functional", "kernel", "layers"},
-    "injection": {"_checks", "adapters", "bases", "handlers"},
-    "merging": {"adapters", "injection"},
+    "adapters": {"_checks", "bases", "operators"},
+    "adapted": {"adapters", "functional", "operators"},
+    "layers": {
+        *("_checks", "adapted", "adapters", "bases", "functional", "kernel", "operators"),
+        "planning",
+    },
+    "handlers": {"adapted", "adapters", "functional", "kernel", "layers"},
+    "patterns": set(),
+    "injection": {"_checks", "adapted", "adapters", "bases", "handlers", "patterns"},
+    "merging": {"adapted", "adapters", "injection"},
     "__main__": {"checkpoint", "diagnostics", "functional", "operators"},
-    "checkpoint": {"__version__", "adapters", "bases", "handlers", "injection"},
-    "diagnostics": {"adapters", "bases", "injection", "layers", "planning"},
+    "checkpoint": {"__version__", "adapted", "adapters", "bases", "handlers", "injection"},
+    "diagnostics": {"adapted", "adapters", "bases", "injection", "layers", "planning"},
 }
 
 EXTRAS = {"checkpoint": {"safetensors"}}  # imported where they are needed, with a word if lacking
