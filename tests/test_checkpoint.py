@@ -519,7 +519,8 @@ for _ in range(50):
     if not writer:
         while True:
             save_adapter(model, {path!r})
-    time.sleep(5 * long * choose.random())  # not to wait for it: to hit it anywhere
+    # Waits for nothing: it is the random moment of the kill.
+    time.sleep(5 * long * choose.random())
     os.kill(writer, signal.SIGKILL)
     os.waitpid(writer, 0)
     assert torch.equal(load_adapter(plain(), {path!r})(TOKENS), want)
