@@ -42,7 +42,7 @@ __all__ = ["TRANSIENT_BYTES", "EffectiveWeight", "Linear", "autocast_dtype"]
 TRANSIENT_BYTES = 256 * 2**20
 
 
-_PART = 512  # columns of C formed at a time where it is added to a weight
+_PART_BYTES = 4 * 2**20  # of C formed at a time where it is added to a weight
 
 # --- the pieces, on matrices ---------------------------------------------------------------------
 
@@ -75,8 +75,9 @@ class _Update:
     # shape: -> (m, tile)
     def c(self, tile: slice) -> Tensor:
         """``scaling · C``, from the wider dtype rounded once to that of ``A``."""
-        c = (self.scaling * self.lam.to(self.wider)).unsqueeze(2) * self.a[:, tile]
-        return (c * self.gamma[:, tile].unsqueeze(1)).flatten(0, 1).to(self.a.dtype)
+        lam, gamma = self.scaling * self.lam.to(self.wider), self.gamma[:, tile].to(self.wider)
+        c = lam.unsqueeze(2) @ gamma.unsqueeze(1)  # a product writes it faster than a broadcast
+        return c.mul_(self.a[:, tile]).flatten(0, 1).to(self.a.dtype)
 
     # shape: weight (out, in) -> (q, tile), (tile, q) if wide
     def effective(self, weight: Tensor | None, tile: slice) -> Tensor:
@@ -95,8 +96,9 @@ class _Update:
             return delta if base is None else (base + delta).to(dtype)
         total = base.clone(memory_format=torch.contiguous_format)
         # In parts, so that C is not there as a whole beside it.
-        for lo in range(0, tile.stop - tile.start, _PART):
-            part = slice(lo, min(lo + _PART, tile.stop - tile.start))
+        width = max(128, _PART_BYTES // (self.b.shape[1] * dtype.itemsize))
+        for lo in range(0, tile.stop - tile.start, width):
+            part = slice(lo, min(lo + width, tile.stop - tile.start))
             c = self.c(slice(tile.start + part.start, tile.start + part.stop))
             if wide:
                 self.b.tokens_addmm_(total[part], c.T)
@@ -108,12 +110,12 @@ class _Update:
     def parameter_grads(
         self, p_tile: Tensor, tile: slice, needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The share of a tile in ``dΛ``, and its ``dΓ``, from ``P / scaling``, as far as needed."""
-        pa = p_tile.reshape(*self.lam.shape, -1).to(self.wider) * self.a[:, tile]
+        """The share of a tile in ``dΛ``, and its ``dΓ``, from ``P / scaling``, which is used up."""
+        pa = p_tile.reshape(*self.lam.shape, -1).to(self.wider).mul_(self.a[:, tile])
         d_lam = d_gamma = None
         if needs[0]:
             gamma = self.scaling * self.gamma[:, tile].to(self.wider)
-            d_lam = (pa @ gamma.unsqueeze(2)).squeeze(2)
+            d_lam = (gamma.unsqueeze(1) @ pa.transpose(1, 2)).squeeze(1)
         if needs[1]:
             d_gamma = ((self.scaling * self.lam.to(self.wider)).unsqueeze(1) @ pa).squeeze(1)
         return d_lam, d_gamma

@@ -219,7 +219,7 @@ def test_every_plan_passes_gradgradcheck(shape, kind, tiled, monkeypatch):
             return randlora_linear(*tensors, a, b, scaling=scaling, choice=choice)
 
         assert torch.autograd.gradcheck(fn, inputs)
-        assert torch.autograd.gradgradcheck(fn, inputs)
+        assert torch.autograd.gradgradcheck(fn, inputs, fast_mode=True)  # in a random direction
 
 
 def linear_inputs(shape, mask, *, bias, kind="dense"):
