@@ -1,6 +1,6 @@
 """RandLoRA: fine-tuning with full-rank updates at the parameter count of LoRA."""
 
-from randlora import checkpoint, functional, planning, reference
+from randlora import checkpoint, functional, peft, planning, reference
 from randlora.bases import BasisBank
 from randlora.checkpoint import adapter_state_dict, load_adapter, save_adapter
 from randlora.diagnostics import rank_report, summary
@@ -23,6 +23,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "merge",
+    "peft",
     "planning",
     "rank_report",
     "reference",

@@ -76,7 +76,7 @@ def inspect(path: str, *, ranks: bool = False) -> None:
     print(f"written by randlora {contents.version}")
     print(table((*header, "rank of update") if ranks else header, rows))
     for place, (bank, digest) in enumerate(zip(contents.banks, contents.digests, strict=True)):
-        print(f"bank {place}: {bank!r}, digest {digest[:16]}…")
+        print(f"bank {place}: {bank!r}, digest {str(digest)[:16]}…")
     if contents.modules_to_save:
         count = sum(tensor.numel() for tensor in contents.saved.values())
         print(f"trained in full: {', '.join(contents.modules_to_save)}: {count:,} numbers")

@@ -89,11 +89,15 @@ class Settings:
         alpha: float | None = None,
         dropout: float = 0.0,
         num_bases: int | None = None,
+        any_rank: bool = False,
     ) -> Settings:
-        """Check the arguments of :class:`RandLoRALinear` for a weight of the sizes of ``site``."""
+        """Check the arguments of :class:`RandLoRALinear` for a weight of the sizes of ``site``.
+
+        A rank above ``p`` is an error unless ``any_rank``.
+        """
         p = site.p
         rank = as_positive_int("rank", rank)
-        if rank > p:
+        if rank > p and not any_rank:
             raise ValueError(
                 f"rank must be at most min(in_features, out_features) = {p} for a layer "
                 f"{site.in_} -> {site.out}, got {rank}"
@@ -158,9 +162,13 @@ class Adapter:
 
     @torch.no_grad()
     def reset(self, lam: Tensor, gamma: Tensor) -> None:
-        """Set the update back to its start: ``Γ = 0``, and ``Λ`` the same everywhere."""
-        lam.fill_(1 / math.sqrt(math.prod(self.shapes[0][-2:])))
-        gamma.zero_()
+        """Set the update back to its start, ``ΔW = 0``: one of the two is zero."""
+        for parameter, value in zip(
+            (lam, gamma),
+            self.bank.start(self.settings.num_bases, self.settings.rank, self.site.p),
+            strict=True,
+        ):
+            parameter.fill_(value)
 
     def operands(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Operator]:
         """``A`` and ``B`` from the bank, to compute with there and in ``dtype``."""

@@ -264,6 +264,9 @@ class BasisBank:
             for a kind that has none.
     """
 
+    prefixes = True  # whether leading columns of a base are the smaller base
+    lowers_rank = True  # whether a layer with a smaller p than the rank gets p
+
     def __init__(
         self, kind: str = "dense", *, seed: int = 0, sparsity: float | None = None
     ) -> None:
@@ -382,10 +385,18 @@ class BasisBank:
             _refuse_too_sparse(q, m, self.sparsity)
         self.sizes = [_larger(*pair) for pair in zip(self.sizes, sizes, strict=True)]
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What the entries follow from: the arguments."""
+        return {"kind": self.kind, "seed": self.seed, "sparsity": self.sparsity}
+
     def same_recipe(self, other: BasisBank) -> bool:
         """Whether the entries of both are the same."""
-        recipes = ((bank.kind, bank.seed, bank.sparsity) for bank in (self, other))
-        return next(recipes) == next(recipes)
+        return self.recipe == other.recipe
+
+    def start(self, n: int, r: int, p: int) -> tuple[float, float]:
+        """What ``Λ``, ``(n, r)``, and ``Γ``, ``(n, p)``, are filled with at first: ``ΔW = 0``."""
+        return 1 / math.sqrt(n * r), 0.0
 
     def digest(self, sizes: Iterable[tuple[int, int, int, int]]) -> str:
         """A SHA-256 over the entries that layers of the sizes ``r, p, q, m`` use, in hexadecimal.
@@ -446,15 +457,16 @@ class Store:
     """The bases of one bank on one device, for computing in one dtype.
 
     Continuous kinds are held in that dtype and sign kinds as int8, once for all layers, which see
-    leading blocks. A ``B`` sparse enough to be applied by gathering, on a CPU, is held by its
-    non-zeros, and one of factors by these, once for each shape.
+    leading blocks, of bases without leading columns once for each width. A ``B`` sparse enough to
+    be applied by gathering, on a CPU, is held by its non-zeros, and one of factors by these, once
+    for each shape.
     """
 
     def __init__(self, bank: BasisBank, device: torch.device, dtype: torch.dtype) -> None:
         self.bank = bank
         self.device = device
         self.dtype = dtype
-        self.tensors: dict[int, Tensor] = {}
+        self.tensors: dict[tuple[int, int], Tensor] = {}
         self.shaped: dict[tuple[int, int], GatherOperator | KroneckerOperator] = {}
 
     @property
@@ -491,15 +503,19 @@ class Store:
         return GatherOperator(signs, self.bank.scale, self.dtype)
 
     def _hold(self, base: int, rows: int, columns: int) -> Tensor:
-        held = self.tensors.get(base)
+        by_width = base == _BASE_B and not self.bank.prefixes
+        key = base, columns if by_width else 0
+        held = self.tensors.get(key)
         if held is None or held.shape[0] < rows or held.shape[1] < columns:
             refuse_to_draw_while_compiling()
-            self.tensors.pop(base, None)
+            self.tensors.pop(key, None)
             del held  # free the smaller one first: both at once would double the peak
             size = self.bank.sizes[base] = _larger(self.bank.sizes[base], (rows, columns))
+            if by_width:
+                size = size[0], columns
             with torch.inference_mode(False):  # it outlives the call that happens to need it
                 held = self.bank.draw(base, size, self.device, self.dtype)
-            self.tensors[base] = held
+            self.tensors[key] = held
         return held[:rows, :columns]
 
 

@@ -34,6 +34,7 @@ from randlora.patterns import (
     matches,
     selected,
 )
+from randlora.peft_bases import PEFT_KINDS, PeftBank
 
 __all__ = ["SAVED", "Place", "adapt", "adapter_parameters", "inject", "left_out", "train"]
 
@@ -87,7 +88,9 @@ def inject(
             ``experts × out × in`` of a mixture of experts.
         basis: the kind of the bases, or a :class:`BasisBank` of your own. A ``very_sparse`` bank
             that is made here has ``s = √q`` of the largest layer that could be a default target, so
-            that it does not depend on what is adapted.
+            that it does not depend on what is adapted. The kinds ``peft``, ``peft_sparse`` and
+            ``peft_very_sparse`` are PEFT's own (:mod:`randlora.peft`): these depend on the set of
+            targets, take one rank for all and do not lower it, and start from ``Λ = 0``.
         alpha: ``scaling`` is ``alpha / rank``; by default ``alpha = rank``, see
             :class:`RandLoRALinear`. A lowered rank does not change the scaling.
         dropout: probability, in ``[0, 1)``, of zeroing an input of an update while training.
@@ -154,9 +157,9 @@ def inject(
     targets = _targets(names, supported, heads, target_modules, exclude_modules, saved)
     targets += _further(names, targets, target_parameters, exclude_modules, saved)
     _check_targets(names, supported, heads, targets)
-    settings = _settings(names, targets, rank, alpha, dropout, num_bases)
     usual = [site for m, sites in supported.items() if m not in heads for site in sites]
-    bank = _bank(basis, seed, usual or [target.site for target in targets], banks)
+    bank = _bank(basis, seed, rank, usual, [target.site for target in targets], banks)
+    settings = _settings(names, targets, rank, alpha, dropout, num_bases, bank.lowers_rank)
 
     updates = {target: (settings[target], bank) for target in targets}
     return adapt(model, adapter, updates, saved)
@@ -408,12 +411,13 @@ def _settings(
     alpha: float | None,
     dropout: float,
     num_bases: int | None,
+    lowers_rank: bool,
 ) -> dict[Place, Settings]:
     """What each weight gets; a rank or number of bases too large for some of them is lowered."""
     ranks = _ranks(names, targets, rank)
     for asked in set(ranks.values()):
         largest = max(target.site.p for target in targets if ranks[target] == asked)
-        if asked > largest:
+        if asked > largest and lowers_rank:
             raise ValueError(
                 "rank must be at most the largest min(in_features, out_features) of the layers it "
                 f"is for, here {largest}, got {asked}"
@@ -423,9 +427,11 @@ def _settings(
     settings = {}
     for target, asked in ranks.items():
         p = target.site.p
-        r = min(asked, p)
+        r = min(asked, p) if lowers_rank else asked
         n = None if num_bases is None else min(num_bases, -(-p // r))
-        fitting = Settings.of(target.site, rank=r, dropout=dropout, num_bases=n)
+        fitting = Settings.of(
+            target.site, rank=r, dropout=dropout, num_bases=n, any_rank=not lowers_rank
+        )
         scaling = 1.0 if alpha is None else as_scaling(alpha, asked)
         settings[target] = replace(fitting, scaling=scaling, asked_rank=asked)
     if num_bases is not None and all(s.num_bases < num_bases for s in settings.values()):
@@ -468,7 +474,12 @@ def _ranks(
 
 
 def _bank(
-    basis: str | BasisBank, seed: int, sites: list[Site], known: list[BasisBank]
+    basis: str | BasisBank,
+    seed: int,
+    rank: Any,
+    usual: list[Site],
+    targets: list[Site],
+    known: list[BasisBank],
 ) -> BasisBank:
     if isinstance(basis, BasisBank):
         if seed not in (0, basis.seed):
@@ -476,12 +487,19 @@ def _bank(
         return basis
     if not isinstance(basis, str):
         raise TypeError(f"basis must be a kind or a BasisBank, got {type(basis).__name__}")
-    if basis not in KINDS:
-        raise ValueError(f"basis must be a BasisBank or one of {', '.join(KINDS)}, got {basis!r}")
-    sparsity = None
-    if basis == "very_sparse":
-        sparsity = max(2.0, math.sqrt(max(site.q for site in sites)))
-    bank = BasisBank(basis, seed=seed, sparsity=sparsity)
+    if basis not in (*KINDS, *PEFT_KINDS):
+        kinds = ", ".join((*KINDS, *PEFT_KINDS))
+        raise ValueError(f"basis must be a BasisBank or one of {kinds}, got {basis!r}")
+    bank: BasisBank
+    if basis in PEFT_KINDS:
+        out, in_ = max(site.out for site in targets), max(site.in_ for site in targets)
+        rank = as_positive_int("rank", rank)  # of all layers
+        bank = PeftBank(basis, rank=rank, smaller=min(out, in_), larger=max(out, in_), seed=seed)
+    else:
+        sparsity = None
+        if basis == "very_sparse":
+            sparsity = max(2.0, math.sqrt(max(site.q for site in usual or targets)))
+        bank = BasisBank(basis, seed=seed, sparsity=sparsity)
     return next((other for other in known if other.same_recipe(bank)), bank)
 
 

@@ -34,10 +34,17 @@ MAY_IMPORT = {
     },
     "handlers": {"adapted", "adapters", "functional", "kernel", "layers"},
     "patterns": set(),
-    "injection": {"_checks", "adapted", "adapters", "bases", "handlers", "patterns"},
+    "peft_bases": {"_checks", "bases"},
+    "injection": {
+        *("_checks", "adapted", "adapters", "bases", "handlers", "patterns", "peft_bases"),
+    },
     "merging": {"adapted", "adapters", "injection"},
     "__main__": {"checkpoint", "diagnostics", "functional", "operators"},
-    "checkpoint": {"__version__", "adapted", "adapters", "bases", "handlers", "injection"},
+    "contents": {
+        *("__version__", "adapted", "adapters", "bases", "handlers", "injection", "peft_bases"),
+    },
+    "checkpoint": {"adapted", "adapters", "bases", "contents", "peft_bases"},
+    "peft": {"adapters", "checkpoint", "contents", "handlers", "peft_bases"},
     "diagnostics": {"adapted", "adapters", "bases", "injection", "layers", "planning"},
 }
 

@@ -1,0 +1,344 @@
+"""One adapter away from any model: what it holds, taken from a model, and put into one.
+
+Whatever file it comes from, a model is changed only after everything was checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from randlora.adapted import Adapted, adapted_modules
+from randlora.adapters import Settings, Site, check_adapter_name
+from randlora.bases import FORMAT_VERSION, BasisBank
+from randlora.handlers import parameter_site
+from randlora.injection import SAVED, Place, adapt
+from randlora.peft_bases import PeftBank
+
+__all__ = [
+    "BASE",
+    "BASES",
+    "FORMAT",
+    "SAMPLES",
+    "SAVED_PREFIX",
+    "BaseModelError",
+    "BasesError",
+    "CheckpointError",
+    "Contents",
+    "FileError",
+    "MismatchError",
+    "collect",
+    "known_adapter",
+    "restore",
+    "saved_state",
+]
+
+FORMAT = 1
+SAMPLES = 8  # entries of each frozen weight
+BASE, BASES, SAVED_PREFIX = "randlora.base", "randlora.bases.", "randlora.saved."
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+class CheckpointError(ValueError):
+    """A file holds no adapter that fits; the model was not changed."""
+
+
+class FileError(CheckpointError):
+    """There is no whole file of a known format at the path."""
+
+
+class MismatchError(CheckpointError):
+    """File and model differ in the weights that are adapted, their sizes or the choices made."""
+
+
+class BasesError(CheckpointError):
+    """The bases that are drawn here, or that the model has, are not those of the file."""
+
+
+class BaseModelError(CheckpointError):
+    """The frozen weights are not those that the adapter was trained on."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """One adapter, away from any model. Updates go by the full names of their parameters."""
+
+    updates: dict[str, tuple[Site, Settings, int]]  # the last is the place of the bank
+    banks: tuple[BasisBank, ...]
+    digests: tuple[str | None, ...]  # None where it is not known
+    numbers: dict[str, Tensor]  # Λ and Γ, (n, r + p); of a stack (stack, n, r + p)
+    base: Tensor | None  # (updates by name, samples), float32; None where it is not known
+    saved: dict[str, Tensor]
+    modules_to_save: tuple[str, ...]
+    version: str
+
+    def sizes(self, place: int) -> list[tuple[int, int, int, int]]:
+        """What the updates use of a bank: ``r, p, q, m`` of each."""
+        return [
+            (settings.rank, site.p, site.q, settings.num_bases * settings.rank)
+            for site, settings, bank in self.updates.values()
+            if bank == place
+        ]
+
+    def check_bases(self) -> None:
+        """Draw the bases, and raise :class:`BasesError` unless they are those of the file."""
+        for place, (bank, digest) in enumerate(zip(self.banks, self.digests, strict=True)):
+            if digest is not None and bank.digest(self.sizes(place)) != digest:
+                raise BasesError(f"the bases that {bank!r} gives here are not those of the file")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything but the header."""
+        saved = {SAVED_PREFIX + name: tensor for name, tensor in self.saved.items()}
+        bases = {
+            f"{BASES}{place}.{name}": entries
+            for place, bank in enumerate(self.banks)
+            if isinstance(bank, PeftBank) and bank.entries is not None
+            for name, entries in zip("ab", bank.entries, strict=True)
+        }
+        base = {} if self.base is None else {BASE: self.base}
+        return {**self.numbers, **saved, **bases, **base}
+
+    def header(self) -> dict[str, Any]:
+        """The rest, as JSON has it; updates in the order of their names, choices said once."""
+        choices: list[dict[str, Any]] = []
+        places = []
+        for name in sorted(self.updates):
+            site, settings, bank = self.updates[name]
+            choice = {**asdict(site), **asdict(settings), "bank": bank}
+            del choice["parameter"]  # the end of the name
+            if choice not in choices:
+                choices.append(choice)
+            places.append(choices.index(choice))
+        return {
+            "format": FORMAT,
+            "version": self.version,
+            "banks": [
+                {**b.recipe, "digest": d} for b, d in zip(self.banks, self.digests, strict=True)
+            ],
+            "bases": FORMAT_VERSION,
+            "choices": choices,
+            "places": places,
+            "modules_to_save": list(self.modules_to_save),
+        }
+
+
+# --- from a model --------------------------------------------------------------------------------
+
+
+def known_adapter(modules: Mapping[str, Any], adapter: str | None) -> str:
+    """``adapter``, or the active one, if the model has it."""
+    states = [module._randlora for module in modules.values()]
+    adapter = states[0].active if adapter is None else check_adapter_name(adapter)
+    known = dict.fromkeys(name for state in states for name in state.adapters)
+    if adapter not in known:
+        raise ValueError(f"adapter must be one of {', '.join(map(repr, known))}, got {adapter!r}")
+    return adapter
+
+
+def saved_state(model: nn.Module) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """The names of the ``modules_to_save``, and their tensors by full names."""
+    names = tuple(name for name, m in model.named_modules() if SAVED in vars(m))
+    prefixes = tuple(f"{name}." if name else "" for name in names)
+    state = model.state_dict() if names else {}
+    return names, {
+        name: tensor
+        for name, tensor in state.items()
+        if name.startswith(prefixes) and isinstance(tensor, Tensor)
+    }
+
+
+def _samples(weight: Tensor | None) -> Tensor:
+    """Some entries of a frozen weight, the same in every dtype but for rounding."""
+    if weight is None or not weight.is_floating_point() or type(weight) is not nn.Parameter:
+        return torch.zeros(SAMPLES)  # one that cannot be read
+    places = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64).long()
+    return weight.detach().reshape(-1)[places.to(weight.device)].float().cpu()
+
+
+def collect(model: nn.Module, adapter: str | None, dtype: torch.dtype | None) -> Contents:
+    """Take an adapter, by default the active one, from a model, its numbers in ``dtype``.
+
+    Raises:
+        ValueError: if no layer is adapted, or none under this name, or a number is not finite.
+    """
+    from randlora import __version__
+
+    modules = adapted_modules(model)
+    adapter = known_adapter(modules, adapter)
+    updates: dict[str, tuple[Site, Settings, int]] = {}
+    banks: list[BasisBank] = []
+    numbers, base = {}, {}
+    for path, module in modules.items():
+        for parameter, update in module._randlora.adapters.get(adapter, {}).items():
+            name = f"{path}.{parameter}" if path else parameter
+            if update.bank not in banks:
+                banks.append(update.bank)
+            updates[name] = update.site, update.settings, banks.index(update.bank)
+            packed = torch.cat([t.detach().cpu() for t in update.parameters(module)], -1)
+            if not packed.isfinite().all():
+                raise ValueError(
+                    f"model must have finite updates to be saved, but that of {name!r} has values "
+                    "that are infinite or no number"
+                )
+            numbers[name] = packed if dtype is None else packed.to(dtype)
+            base[name] = _samples(module._parameters.get(parameter))
+    to_save, saved = saved_state(model)
+    contents = Contents(
+        updates=updates,
+        banks=tuple(banks),
+        digests=(),
+        numbers=numbers,
+        base=torch.stack([base[name] for name in sorted(base)]),
+        saved={name: tensor.detach().cpu() for name, tensor in saved.items()},
+        modules_to_save=to_save,
+        version=__version__,
+    )
+    digests = tuple(bank.digest(contents.sizes(place)) for place, bank in enumerate(banks))
+    return replace(contents, digests=digests)
+
+
+# --- to a model ----------------------------------------------------------------------------------
+
+
+def restore(model: ModelT, contents: Contents, adapter: str, *, check_base: bool) -> ModelT:
+    """Adapt ``model`` as the contents say, unless it is so already, and load the numbers.
+
+    Raises:
+        CheckpointError: if they do not fit; ``model`` is then what it was.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    targets = {name: _target(modules, name, site) for name, (site, *_) in contents.updates.items()}
+    present = {
+        (module, parameter): update
+        for module in model.modules()
+        if isinstance(module, Adapted)
+        for parameter, update in module._randlora.adapters.get(adapter, {}).items()
+    }
+    if present:
+        _check_same(contents, targets, present)
+    saved = _check_saved(contents, model, modules)
+    if check_base and contents.base is not None:
+        _check_base(contents, targets)
+    contents.check_bases()
+
+    if not present:
+        known = [
+            other.bank
+            for module in model.modules()
+            if isinstance(module, Adapted)
+            for other in module._randlora.all()
+        ]
+        banks = [next((o for o in known if o.same_recipe(b)), b) for b in contents.banks]
+        order = {module: list(module._parameters) for module in model.modules()}
+        ranks = {module: place for place, module in enumerate(order)}
+
+        def position(name: str) -> tuple[int, int]:  # in the order that `inject` has
+            module, parameter = targets[name].module, targets[name].site.parameter
+            inner = order[module].index(parameter) if parameter in order[module] else 0
+            return ranks[module], inner
+
+        updates = {
+            targets[name]: (contents.updates[name][1], banks[contents.updates[name][2]])
+            for name in sorted(contents.updates, key=position)
+        }
+        adapt(model, adapter, updates, [modules[name] for name in contents.modules_to_save])
+    with torch.no_grad():
+        for name, numbers in contents.numbers.items():
+            module: Any = targets[name].module
+            update = module._randlora.adapters[adapter][targets[name].site.parameter]
+            lam, gamma = update.parameters(module)
+            rank = update.settings.rank
+            lam.copy_(numbers[..., :rank])
+            gamma.copy_(numbers[..., rank:])
+        for tensor, value in saved:
+            tensor.copy_(value)
+    return model
+
+
+def _target(modules: Mapping[str, nn.Module], name: str, site: Site) -> Place:
+    path, _, parameter = name.rpartition(".")
+    if path not in modules:
+        raise MismatchError(f"the file has an update for {name!r}, but the model has no {path!r}")
+    module = modules[path]
+    found = parameter_site(module, parameter)
+    if isinstance(found, str):
+        raise MismatchError(f"the file has an update for {name!r}, but {found}")
+    if found != site:
+        raise MismatchError(
+            f"the file has an update for {name!r} as {_size(site)}, but the model has it as "
+            f"{_size(found)}"
+        )
+    return Place(module, site)
+
+
+def _size(site: Site) -> str:
+    size = " x ".join(map(str, (*site.lead, site.out, site.in_)))
+    return size + ", transposed" * site.transposed + ", not to be read" * site.opaque
+
+
+def _check_same(contents: Contents, targets: Mapping[str, Place], present: Any) -> None:
+    """Raise unless an adapter that is there is that of the file."""
+    wanted = {(module, site.parameter): name for name, (module, site) in targets.items()}
+    missing = [name for place, name in wanted.items() if place not in present]
+    if missing:
+        raise MismatchError(f"the model's adapter has no update for {', '.join(missing)}")
+    extra = [
+        f"{parameter} of a {type(module).__name__}"
+        for module, parameter in present
+        if (module, parameter) not in wanted
+    ]
+    if extra:
+        raise MismatchError(f"the file has no update for {', '.join(extra)}, which the model has")
+    for place, name in wanted.items():
+        _, settings, bank = contents.updates[name]
+        ours, theirs = present[place].settings, replace(settings, asked_rank=0)
+        if replace(ours, asked_rank=0) != theirs:
+            raise MismatchError(f"the update of {name!r} is {settings} in the file, here {ours}")
+        if not present[place].bank.same_recipe(contents.banks[bank]):
+            raise BasesError(
+                f"the update of {name!r} uses {contents.banks[bank]!r} in the file, here "
+                f"{present[place].bank!r}"
+            )
+
+
+def _check_saved(
+    contents: Contents, model: nn.Module, modules: Mapping[str, nn.Module]
+) -> list[tuple[Tensor, Tensor]]:
+    """What is to be copied into the ``modules_to_save``, checked."""
+    state = model.state_dict() if contents.modules_to_save else {}
+    for name in contents.modules_to_save:
+        if name not in modules:
+            raise MismatchError(f"the file has a module {name!r}, trained in full; the model none")
+        prefix = f"{name}." if name else ""
+        lacking = [n for n in state if n.startswith(prefix) and n not in contents.saved]
+        if lacking:
+            raise MismatchError(f"the file has nothing for {', '.join(lacking)}")
+    prefixes = tuple(f"{name}." if name else "" for name in contents.modules_to_save)
+    pairs = []
+    for name, value in contents.saved.items():
+        if not name.startswith(prefixes):
+            raise MismatchError(f"the file has {name!r}, which is in no module trained in full")
+        if name not in state or state[name].shape != value.shape:
+            has = tuple(state[name].shape) if name in state else "nothing"
+            raise MismatchError(
+                f"the file has {name!r} of shape {tuple(value.shape)}, the model {has}"
+            )
+        pairs.append((state[name], value))
+    return pairs
+
+
+def _check_base(contents: Contents, targets: Mapping[str, Place]) -> None:
+    assert contents.base is not None
+    for name, theirs in zip(sorted(contents.updates), contents.base, strict=True):
+        module, site = targets[name]
+        ours = _samples(module._parameters.get(site.parameter))
+        # Entries rounded to bfloat16 differ by 2**-8, small ones in float16 by 2**-24.
+        if not torch.allclose(ours, theirs, rtol=2**-7, atol=2**-23):
+            raise BaseModelError(
+                f"the adapter was trained on another base model: {name!r} has other values "
+                "(check_base=False loads it nevertheless)"
+            )
