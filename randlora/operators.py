@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from randlora.products import addmm_, mm, onednn
+from randlora.products import addmm_, baddbmm_, bmm, mm, onednn
 
 __all__ = ["DenseOperator", "GatherOperator", "KroneckerOperator", "Operator", "SignOperator"]
 
@@ -261,22 +261,21 @@ class KroneckerOperator:
 
     def mm(self, c: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        (q1, _), (q2, m2), k = self.left.shape, self.right.shape, c.shape[1]
-        blocks = self._left_first(c)
-        return torch.bmm(self.right.expand(q1, q2, m2), blocks).view(q1 * q2, k)[: self.shape[0]]
+        q1, q2 = len(self.left), len(self.right)
+        return bmm(self.right, self._left_first(c)).view(q1 * q2, -1)[: self.shape[0]]
 
     def tmm(self, g: Tensor) -> Tensor:
         """See :class:`Operator`."""
         (q1, m1), (q2, m2), k = self.left.shape, self.right.shape, g.shape[1]
         blocks = _padded(g, q1 * q2, 0).view(q1, q2, k)
-        blocks = torch.bmm(self.right.T.expand(q1, m2, q2), blocks)
+        blocks = bmm(self.right.T, blocks)
         return mm(self.left.T, blocks.view(q1, m2 * k)).view(m1 * m2, k)[: self.shape[1]]
 
     def addmm_(self, total: Tensor, c: Tensor) -> None:
         """See :class:`Operator`."""
-        (q1, _), (q2, m2), k = self.left.shape, self.right.shape, c.shape[1]
+        q1, q2 = len(self.left), len(self.right)
         if total.shape[0] == q1 * q2 and total.is_contiguous():
-            total.view(q1, q2, k).baddbmm_(self.right.expand(q1, q2, m2), self._left_first(c))
+            baddbmm_(total.view(q1, q2, -1), self.right, self._left_first(c))
         else:
             total += self.mm(c)
 
@@ -284,12 +283,12 @@ class KroneckerOperator:
         """See :class:`Operator`."""
         (q1, m1), (q2, m2), k = self.left.shape, self.right.shape, len(x)
         blocks = mm(_padded(x, q1 * q2, 1).view(k * q1, q2), self.right).view(k, q1, m2)
-        return torch.bmm(self.left.T.expand(k, m1, q1), blocks).view(k, m1 * m2)[:, : self.shape[1]]
+        return bmm(self.left.T, blocks).view(k, m1 * m2)[:, : self.shape[1]]
 
     def tokens_addmm_(self, total: Tensor, h: Tensor) -> None:
         """See :class:`Operator`."""
         (q1, m1), (q2, m2), k = self.left.shape, self.right.shape, len(h)
-        blocks = torch.bmm(self.left.expand(k, q1, m1), _padded(h, m1 * m2, 1).view(k, m1, m2))
+        blocks = bmm(self.left, _padded(h, m1 * m2, 1).view(k, m1, m2))
         blocks = blocks.view(k * q1, m2)
         if total.shape[1] == q1 * q2 and total.is_contiguous():
             addmm_(total.view(k * q1, q2), blocks, self.right.T)

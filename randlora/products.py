@@ -1,4 +1,4 @@
-"""Matrix products, by the faster of the two libraries that a CPU build of torch brings.
+"""Matrix products, by the fastest way that a CPU build of torch has for them.
 
 On a CPU torch takes float32 products to MKL, which on processors not made by Intel ran no faster
 than AVX2 allows, and those in low precision to oneDNN, which uses AVX-512 where it is. oneDNN's
@@ -6,26 +6,47 @@ float32 product is not reached by ``a @ b``, but by the operator that torch's ow
 linear layers. It is the same IEEE arithmetic, summed in another order, and was measured to be
 twice as fast on a processor of AMD, and three times slower than MKL on one of Intel
 (``benchmarks/README.md``).
+
+A processor without units for bfloat16 or float16 was measured to multiply in them three times, or
+three hundred, slower than in float32. There such products are taken in float32, and rounded once.
 """
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["ONEDNN", "addmm_", "mm", "onednn"]
+__all__ = ["ONEDNN", "WIDENED", "addmm_", "baddbmm_", "bmm", "mm", "onednn"]
+
+
+def _processor() -> str:
+    """What the system says of the processor: its maker, and on Linux its features."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return platform.processor()
 
 
 def _made_by_amd() -> bool:
-    """Whether the processor is one of AMD's, as the system says."""
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        return "AuthenticAMD" in platform.processor()
+    """Whether the processor is one of AMD's."""
+    return "AuthenticAMD" in _processor()
+
+
+def _without_units() -> frozenset[torch.dtype]:
+    """The low precisions that an x86 processor has no units for."""
+    has = set(_processor().split())
+    if "fpu" not in has:  # another kind of processor, or nothing is known of it
+        return frozenset()
+    units = {
+        torch.bfloat16: {"avx512_bf16", "amx_bf16"},
+        torch.float16: {"avx512_fp16", "amx_fp16"},
+    }
+    return frozenset(dtype for dtype, names in units.items() if not names & has)
 
 
 # Whether float32 products may go to oneDNN; to be set as it is here. Which way a product takes
@@ -33,6 +54,10 @@ def _made_by_amd() -> bool:
 # those of any product, on the number of threads as well.
 ONEDNN = _made_by_amd()
 
+# The dtypes whose products are taken in float32 on CPUs; to be set as it is here.
+WIDENED = _without_units()
+
+_BLOCK = 2**21  # numbers of a matrix that are in float32 at a time; of the right one eight times
 _SMALLEST = 64  # where it was measured not to lose: every dimension at least,
 _LEAST = 2**23  # and multiply-adds
 
@@ -69,6 +94,11 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
 
     By rows; by columns where ``b`` is part of a larger matrix.
     """
+    if _widened(a, b):
+        product = a.new_empty(len(a), b.shape[1])
+        for rows, columns in _blocks(a, b):
+            product[rows, columns] = a[rows].float() @ b[:, columns].float()
+        return product
     if _allowed(a, b):
         if _suits(a, b):
             return _onednn(a, b)
@@ -83,10 +113,48 @@ def addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
     oneDNN has no product that adds to a matrix in place: the product is there beside it for a time.
     """
-    if _allowed(a, b) and (_suits(a, b) or _suits(b.T, a.T)):
+    if _widened(a, b):
+        for rows, columns in _blocks(a, b):
+            part = total[rows, columns]
+            part.copy_(part.float().addmm_(a[rows].float(), b[:, columns].float()))
+    elif _allowed(a, b) and (_suits(a, b) or _suits(b.T, a.T)):
         total += mm(a, b)
     else:
         total.addmm_(a, b)
+
+
+# shape: a (i, j), blocks (k, j, c) -> (k, i, c)
+def bmm(a: Tensor, blocks: Tensor) -> Tensor:
+    """``a`` times each of the blocks."""
+    if _widened(a, blocks):
+        return bmm(a.float(), blocks.float()).to(a.dtype)
+    return torch.bmm(a.expand(len(blocks), *a.shape), blocks)
+
+
+# shape: total (k, i, c), a (i, j), blocks (k, j, c)
+def baddbmm_(total: Tensor, a: Tensor, blocks: Tensor) -> None:
+    """``total += `` the products of :func:`bmm`, rounded once."""
+    if _widened(a, blocks):
+        wide = total.float()
+        baddbmm_(wide, a.float(), blocks.float())
+        total.copy_(wide)
+    else:
+        total.baddbmm_(a.expand(len(blocks), *a.shape), blocks)
+
+
+def _widened(a: Tensor, b: Tensor) -> bool:
+    """Whether the product is one to be taken in float32; a compiler has ways of its own."""
+    here = a.dtype == b.dtype and a.dtype in WIDENED and a.device.type == "cpu"
+    return here and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+
+
+def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows of ``a`` and columns of ``b`` that a product is taken of at a time."""
+    inner = max(1, a.shape[1])
+    width, height = max(256, 8 * _BLOCK // inner), max(256, _BLOCK // inner)
+    for left in range(0, b.shape[1], width):
+        for top in range(0, len(a), height):
+            yield slice(top, top + height), slice(left, left + width)
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:

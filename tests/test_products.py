@@ -76,6 +76,7 @@ def test_other_products_are_left_to_torch_to_the_bit(change, asked, monkeypatch)
     b = torch.randn(of["inner"], of["columns"]).to(of["dtype"])
     if "off" in change:
         monkeypatch.setattr(products, "ONEDNN", False)
+    monkeypatch.setattr(products, "WIDENED", frozenset())
     if "flags" in change:
         monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     with torch.set_grad_enabled("grad" in change):
@@ -85,6 +86,85 @@ def test_other_products_are_left_to_torch_to_the_bit(change, asked, monkeypatch)
         products.addmm_(total, a, b)
         assert torch.equal(total, want)
     assert not asked
+
+
+# --- low precision, in float32 -------------------------------------------------------------------
+
+
+LOW = torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, repeat=2)), ids=str)
+@pytest.mark.parametrize("block", [2**8, 2**21])
+@torch.no_grad()
+def test_low_precision_is_rounded_once(block, layouts, dtype, monkeypatch):
+    monkeypatch.setattr(products, "WIDENED", frozenset({dtype}))
+    monkeypatch.setattr(products, "_BLOCK", block)
+    a, b = laid_out(300, 40, layouts[0], dtype), laid_out(40, 520, layouts[1], dtype)
+    exact, magnitude = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    half = torch.finfo(dtype).eps / 2  # of a rounding; and one of float32 for each of the sums
+    sums = 40 * torch.finfo(torch.float32).eps * magnitude
+
+    def once(got, want, sums):
+        assert got.dtype == dtype
+        assert ((got.double() - want).abs() <= half * want.abs() + sums).all()
+
+    once(products.mm(a, b), exact, sums)
+    for total in (laid_out(300, 520, layout, dtype) for layout in LAYOUTS):
+        want = total.double() + exact
+        products.addmm_(total, a, b)
+        once(total, want, sums + 1e-6 * want.abs())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "widened"),
+    [
+        *((dtype, False) for dtype in (torch.float64, torch.float32, *LOW)),
+        *((dtype, True) for dtype in LOW),
+    ],
+)
+@torch.no_grad()
+def test_a_matrix_times_each_of_several(dtype, widened, monkeypatch):
+    monkeypatch.setattr(products, "WIDENED", frozenset({dtype} if widened else ()))
+    a, blocks = torch.randn(12, 9).to(dtype), torch.randn(5, 9, 30).to(dtype)
+    total = torch.randn(5, 12, 30).to(dtype)
+    exact = torch.stack([a.double() @ block.double() for block in blocks])
+    eps = torch.finfo(dtype).eps
+    assert_close(products.bmm(a, blocks).double(), exact, 9 * eps)
+    want = total.double() + exact
+    products.baddbmm_(total, a, blocks)
+    assert total.dtype == dtype
+    assert_close(total.double(), want, 9 * eps)
+
+
+@pytest.mark.parametrize("change", ["grad", "empty"])
+def test_widened_products_keep_what_products_have(change, monkeypatch):
+    monkeypatch.setattr(products, "WIDENED", frozenset({torch.bfloat16}))
+    a = torch.randn(30, 0 if change == "empty" else 20).bfloat16().requires_grad_()
+    b = torch.randn(a.shape[1], 10).bfloat16()
+    with torch.set_grad_enabled(change == "grad"):
+        y = products.mm(a, b)
+        total = torch.zeros(30, 10).bfloat16()
+        products.addmm_(total, a, b)
+    assert torch.equal(total, y) or change == "grad"
+    assert torch.equal(y, a @ b)
+    if change == "grad":
+        assert torch.autograd.grad(y.float().sum(), a)[0].shape == a.shape
+
+
+FLAGS = {
+    "fpu sse2 avx512_bf16": {torch.float16},
+    "fpu amx_bf16 avx512_fp16": set(),
+    "fpu sse2 avx512f": {torch.float16, torch.bfloat16},
+    "Features : fp asimd": set(),
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_only_processors_that_lack_units_widen_by_default(flags, monkeypatch):
+    monkeypatch.setattr(products.Path, "read_text", lambda path: f"flags : {flags}\n")
+    assert products._without_units() == FLAGS[flags]
 
 
 @torch.no_grad()
