@@ -1,6 +1,7 @@
 """RandLoRA: fine-tuning with full-rank updates at the parameter count of LoRA."""
 
 from randlora import checkpoint, functional, peft, planning, reference
+from randlora.arithmetic import add_weighted_adapter
 from randlora.bases import BasisBank
 from randlora.checkpoint import adapter_state_dict, load_adapter, save_adapter
 from randlora.diagnostics import rank_report, summary
@@ -16,6 +17,7 @@ __all__ = [
     "RandLoRALinear",
     "adapter_parameters",
     "adapter_state_dict",
+    "add_weighted_adapter",
     "checkpoint",
     "delete_adapter",
     "disabled",

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from randlora.bases import Store
 from randlora.checkpoint import CheckpointError, Contents, FileError, MismatchError, read, replacing
 from randlora.diagnostics import spectrum, table
 from randlora.functional import delta_weight, effective_weight
@@ -97,6 +98,10 @@ def merge(path: str, base: str, out: str) -> None:
     """
     contents = read(path)
     contents.check_bases()
+    for place, bank in enumerate(contents.banks):
+        for sizes in contents.sizes(place):
+            bank.reserve(*sizes)
+    stores: dict[Any, Store] = {}  # held, so that bases are drawn once
     if Path(out).suffix != ".safetensors":
         raise ValueError(f"out must end in .safetensors, got {out!r}")
     with open(base, "rb") as source:
@@ -111,8 +116,11 @@ def merge(path: str, base: str, out: str) -> None:
                 source.seek(start + lo)
                 target.seek(8 + len(head) + lo)
                 if name in contents.updates or name in contents.saved:
-                    changed = _changed(contents, name, entries[name], source.read(hi - lo))
-                    target.write(changed.reshape(-1).view(torch.uint8).numpy().tobytes())
+                    data = bytearray(hi - lo)
+                    source.readinto(data)
+                    changed = _changed(contents, name, entries[name], data, stores)
+                    target.write(changed.reshape(-1).view(torch.uint8).numpy().data)
+                    del data, changed  # before the next is read
                 else:
                     for at in range(lo, hi, _CHUNK):
                         target.write(source.read(min(_CHUNK, hi - at)))
@@ -162,27 +170,30 @@ def _check(contents: Contents, entries: dict[str, Any]) -> None:
                 )
 
 
-def _changed(contents: Contents, name: str, entry: dict[str, Any], data: bytes) -> Tensor:
+def _changed(
+    contents: Contents, name: str, entry: dict[str, Any], data: bytearray, stores: dict[Any, Store]
+) -> Tensor:
     """A weight with its update, or what it was trained to in full."""
     if name in contents.saved:
         saved = contents.saved[name]
         return saved.to(_DTYPES.get(entry["dtype"], saved.dtype)).contiguous()
     dtype = _DTYPES[entry["dtype"]]
     site, settings, place = contents.updates[name]
-    weight = torch.frombuffer(bytearray(data), dtype=dtype).view(entry["shape"])
-    bank, numbers = contents.banks[place], contents.numbers[name].float()
-    store = bank.store(weight.device, weight.dtype)
-    a, b = store.operands(settings.rank, site.p, site.q, settings.num_bases * settings.rank)
+    weight = torch.frombuffer(data, dtype=dtype).view(entry["shape"])
+    numbers = contents.numbers[name].float()
+    if (place, dtype) not in stores:
+        stores[place, dtype] = contents.banks[place].store(weight.device, dtype)
+    a, b = stores[place, dtype].operands(
+        settings.rank, site.p, site.q, settings.num_bases * settings.rank
+    )
     lam, gamma = numbers[..., : settings.rank], numbers[..., settings.rank :]
-    merged = [
-        effective_weight(w, la, ga, a, b, scaling=settings.scaling, wide=site.wide)
-        for w, la, ga in (
-            zip(site.matrix(weight), lam, gamma, strict=True)
-            if site.stack
-            else [(site.matrix(weight), lam, gamma)]
-        )
-    ]
-    result = torch.stack(merged).view(weight.shape)
+    keywords: Any = {"scaling": settings.scaling, "wide": site.wide}
+    if site.stack:
+        each = zip(site.matrix(weight), lam, gamma, strict=True)
+        merged = torch.stack([effective_weight(*one, a, b, **keywords) for one in each])
+    else:
+        merged = effective_weight(site.matrix(weight), lam, gamma, a, b, **keywords)
+    result = merged.view(weight.shape)
     if site.kept is not None:
         result[site.kept] = weight[site.kept]
     return result

@@ -11,7 +11,7 @@ A module may carry several updates of a weight, by name, of which one is active.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ClassVar
@@ -36,6 +36,7 @@ __all__ = [
     "remove",
     "reset",
     "uninstall",
+    "weighted",
 ]
 
 
@@ -239,6 +240,20 @@ def delta(module: nn.Module, adapter: Adapter, dtype: torch.dtype | None = None)
     return update
 
 
+def weighted(module: Any, parameter: str, weights: Mapping[str, float]) -> Tensor:
+    """``W0 + Σ w ΔW`` over adapters by name, without a gradient, summed in float32 at least."""
+    base = module._parameters[parameter]
+    with torch.inference_mode(False), torch.no_grad():
+        wider = torch.promote_types(base.dtype, torch.float32)
+        total = base.to(wider, copy=True)
+        for name, weight in weights.items():
+            if (adapter := module._randlora.adapters.get(name, {}).get(parameter)) is not None:
+                update = delta(module, adapter, wider)
+                update = update.transpose(-1, -2) if adapter.site.transposed else update
+                total += weight * update.reshape(base.shape)
+        return _laid_out(total.to(base.dtype), base)
+
+
 def fold(module: Any, parameter: str) -> Tensor:
     """``W0 + ΔW`` without a gradient, kept as long as what it is formed of stays the same."""
     state: Adaptation = module._randlora
@@ -407,7 +422,7 @@ def uninstall(module: Any, name: str) -> None:
     """Take the updates of one name away; a module left without any becomes what it was."""
     state: Adaptation = module._randlora
     if set(state.adapters) <= {name} and plain_class(module) is not None:
-        remove(module, merge=False)
+        remove(module)
         return
     for adapter in state.adapters.pop(name, {}).values():
         for key in adapter.names:
@@ -432,15 +447,13 @@ def adapted_modules(model: nn.Module) -> dict[str, Any]:
     return modules
 
 
-def remove(module: Any, *, merge: bool) -> None:
-    """Make an adapted module plain again, with the active updates in new weights or without."""
+def remove(module: Any, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Make an adapted module plain again, with ``weights`` as new parameters."""
     plain, state = plain_class(module), module._randlora
     assert plain is not None
-    if merge:
-        for parameter in state.current:
-            base = module._parameters[parameter]
-            weight = nn.Parameter(fold(module, parameter), requires_grad=base.requires_grad)
-            module._parameters[parameter] = weight
+    for parameter, weight in (weights or {}).items():
+        base = module._parameters[parameter]
+        module._parameters[parameter] = nn.Parameter(weight, requires_grad=base.requires_grad)
     for adapter in state.all():
         for name in adapter.names:
             del module._parameters[name]

@@ -9,17 +9,26 @@ more, until :func:`unload`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from randlora.adapted import adapted_modules, fold, plain_class, remove, uninstall
+from randlora._checks import as_real
+from randlora.adapted import adapted_modules, fold, plain_class, remove, uninstall, weighted
 from randlora.adapters import check_adapter_name, weight_name
 from randlora.injection import SAVED, train
 
-__all__ = ["delete_adapter", "disabled", "merge", "set_adapter", "unload", "unmerge"]
+__all__ = [
+    "check_weights",
+    "delete_adapter",
+    "disabled",
+    "merge",
+    "set_adapter",
+    "unload",
+    "unmerge",
+]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -130,40 +139,72 @@ def delete_adapter(model: ModelT, adapter: str) -> ModelT:
     return model
 
 
-def unload(model: ModelT, *, merge: bool = False) -> ModelT:
+def unload(model: ModelT, *, merge: bool | Mapping[str, float] = False) -> ModelT:
     """Give back the plain model: each layer the class it had, its hooks and buffers kept.
 
     Args:
         model: an adapted model.
         merge: whether the active updates go into the weights, each rounded once to its dtype,
-            instead of being discarded as the others are. The weights that took them up are new
+            instead of being discarded as the others are; or of which adapters, by name, and how
+            much of each: ``{"one": 0.7, "other": 0.3}``. The weights that took them up are new
             parameters: what shared the old one keeps it.
 
     Returns:
         ``model``. What ``inject`` froze stays frozen, ``modules_to_save`` stay trained.
 
     Raises:
-        TypeError: if ``merge`` is not a bool, or a layer is of a subclass of
-            :class:`RandLoRALinear` of your own, which was never plain.
-        ValueError: if no layer of ``model`` is adapted, or a weight would not be finite; then
-            nothing is changed.
+        TypeError: if ``merge`` is no bool and no mapping of names to numbers, or a layer is of a
+            subclass of :class:`RandLoRALinear` of your own, which was never plain, or has a weight
+            that cannot be read.
+        ValueError: if no layer of ``model`` is adapted, none under a name given, or a weight would
+            not be finite; then nothing is changed.
     """
-    if not isinstance(merge, bool):
-        raise TypeError(f"merge must be True or False, got {merge!r}")
+    if not isinstance(merge, bool | Mapping):
+        raise TypeError(
+            f"merge must be True or False, or a mapping from names to numbers, got {merge!r}"
+        )
     modules = adapted_modules(model)
+    weights = None if isinstance(merge, bool) else check_weights("merge", merge, modules)
     for name, module in modules.items():
         if plain_class(module) is None:
             raise TypeError(
                 f"model must have layers that were plain before, but {name!r} is a "
                 f"{type(module).__name__}, a subclass of RandLoRALinear"
             )
-    if merge:
+    new: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
+    if weights is not None:
+        for name, module in modules.items():
+            for parameter in dict.fromkeys(u.site.parameter for u in module._randlora.all()):
+                _check_readable(name, module, parameter)
+                new[name][parameter] = weighted(module, parameter, weights)
+                _check_finite(name, parameter, new[name][parameter])
+    elif merge:
         _fold_all(modules)
-    for module in modules.values():
-        remove(module, merge=merge)
+        for name, module in modules.items():
+            new[name] = {p: fold(module, p) for p in module._randlora.current}
+    for name, module in modules.items():
+        remove(module, new.pop(name))
     for module in model.modules():
         vars(module).pop(SAVED, None)
     return model
+
+
+def check_weights(
+    argument: str, weights: Mapping[str, float], modules: dict[str, Any]
+) -> dict[str, float]:
+    """How much of which adapter, checked.
+
+    Raises:
+        TypeError: if a name or a number is not one.
+        ValueError: if there are none, a number is not finite, or no layer has an adapter so called.
+    """
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"{argument} must be a mapping from names to numbers, got {weights!r}")
+    if not weights:
+        raise ValueError(f"{argument} must name an adapter")
+    for adapter in weights:
+        _check_known(modules, adapter)
+    return {name: as_real(f"{argument}[{name!r}]", value) for name, value in weights.items()}
 
 
 def _check_known(modules: dict[str, Any], adapter: str) -> None:
@@ -173,23 +214,30 @@ def _check_known(modules: dict[str, Any], adapter: str) -> None:
         raise ValueError(f"adapter must be one of {', '.join(map(repr, known))}, got {adapter!r}")
 
 
+def _check_readable(name: str, module: Any, parameter: str) -> None:
+    if any(u.site.opaque for u in module._randlora.all() if u.site.parameter == parameter):
+        raise TypeError(
+            f"{name!r} cannot be merged: the base weight of a {module._randlora_base.__name__} is "
+            "not a tensor to add to"
+        )
+
+
+def _check_finite(name: str, parameter: str, weight: Tensor) -> None:
+    if not weight.isfinite().all():
+        raise ValueError(
+            f"the effective weight of {weight_name(name, parameter)!r} must be finite to be merged,"
+            " but has values that are infinite or no number"
+        )
+
+
 def _fold_all(modules: dict[str, Any]) -> None:
     """Form all effective weights, or raise and keep none that was not there."""
     before = {module: dict(module._randlora.folded) for module in modules.values()}
     try:
         for name, module in modules.items():
-            for parameter, adapter in module._randlora.current.items():
-                if adapter.site.opaque:
-                    raise TypeError(
-                        f"{name!r} cannot be merged: the base weight of a "
-                        f"{module._randlora_base.__name__} is not a tensor to add to"
-                    )
-                if not fold(module, parameter).isfinite().all():
-                    whose = weight_name(name, parameter)
-                    raise ValueError(
-                        f"the effective weight of {whose!r} must be finite to be merged, but has "
-                        "values that are infinite or no number"
-                    )
+            for parameter in module._randlora.current:
+                _check_readable(name, module, parameter)
+                _check_finite(name, parameter, fold(module, parameter))
     except Exception:
         for module, folded in before.items():
             module._randlora.folded = folded

@@ -228,7 +228,7 @@ def test_the_smaller_base_is_freed_before_the_larger_is_drawn(monkeypatch):
     draw = bank.draw
     monkeypatch.setattr(bank, "draw", lambda *args: held.append(dict(store.tensors)) or draw(*args))
     store.operands(1, 1, 200, 100)
-    assert [list(tensors) for tensors in held] == [[0]]  # A alone
+    assert [list(tensors) for tensors in held] == [[(0, 0)]]  # A alone
 
 
 def test_copies_share_and_pickles_hold_only_the_recipe():

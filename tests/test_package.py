@@ -38,8 +38,9 @@ MAY_IMPORT = {
     "injection": {
         *("_checks", "adapted", "adapters", "bases", "handlers", "patterns", "peft_bases"),
     },
-    "merging": {"adapted", "adapters", "injection"},
-    "__main__": {"checkpoint", "diagnostics", "functional", "operators"},
+    "merging": {"_checks", "adapted", "adapters", "injection"},
+    "arithmetic": {"adapted", "adapters", "injection", "merging"},
+    "__main__": {"bases", "checkpoint", "diagnostics", "functional", "operators"},
     "contents": {
         *("__version__", "adapted", "adapters", "bases", "handlers", "injection", "peft_bases"),
     },
