@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from randlora.bases import Store
 from randlora.checkpoint import CheckpointError, Contents, FileError, MismatchError, read, replacing
+from randlora.contents import check_base_weights
 from randlora.diagnostics import spectrum, table
 from randlora.functional import delta_weight, effective_weight
 from randlora.operators import DenseOperator
@@ -45,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("file")
     command.add_argument("base", help="a .safetensors file with the weights of the model")
     command.add_argument("out", help="the .safetensors file to write")
-    command.set_defaults(run=lambda given: merge(given.file, given.base, given.out))
+    command.add_argument("--any-base", action="store_true", help="whatever the weights are")
+    command.set_defaults(
+        run=lambda given: merge(given.file, given.base, given.out, check_base=not given.any_base)
+    )
     given = parser.parse_args(arguments)
     try:
         given.run(given)
@@ -91,13 +96,14 @@ def verify(path: str) -> None:
     print(f"{len(contents.updates)} updates; {banks}: the bases are those of the file")
 
 
-def merge(path: str, base: str, out: str) -> None:
+def merge(path: str, base: str, out: str, *, check_base: bool = True) -> None:
     """Write the weights of ``base`` with the updates added, each rounded once to its dtype.
 
-    They are read, changed and written one by one.
+    They are read, changed and written one by one. ``out`` may be ``base``.
     """
     contents = read(path)
-    contents.check_bases()
+    if not check_base:
+        contents = replace(contents, base=None)
     for place, bank in enumerate(contents.banks):
         for sizes in contents.sizes(place):
             bank.reserve(*sizes)
@@ -108,6 +114,7 @@ def merge(path: str, base: str, out: str) -> None:
         head, entries = _entries(source)
         start = source.tell()
         _check(contents, entries)
+        contents.check_bases()
         order = sorted(entries, key=lambda name: int(entries[name]["data_offsets"][0]))
         with replacing(Path(out)) as target, _progress(len(order)) as step:
             target.write(len(head).to_bytes(8, "little") + head)
@@ -136,7 +143,16 @@ def _entries(file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
         head = file.read(size)
         entries = json.loads(head)
         entries.pop("__metadata__", None)
-        end = max(entry["data_offsets"][1] for entry in entries.values())
+        end = 0
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0]):
+            start, stop = entry["data_offsets"]
+            count = math.prod(entry["shape"])
+            itemsize = _DTYPES[entry["dtype"]].itemsize if entry["dtype"] in _DTYPES else None
+            if start != end or stop < start or min(entry["shape"], default=0) < 0:
+                raise ValueError(f"{name!r} is not where the one before it ends")
+            if itemsize is not None and stop - start != count * itemsize:
+                raise ValueError(f"{name!r} is not as long as its shape says")
+            end = stop
         if 8 + size + end != os.fstat(file.fileno()).st_size:
             raise ValueError("it is not as long as its header says")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -150,11 +166,21 @@ def _check(contents: Contents, entries: dict[str, Any]) -> None:
             raise MismatchError(f"{name!r} is not to be read, so nothing can be added to it")
         if name not in entries:
             raise MismatchError(f"the base has no {name!r}, which the adapter has an update for")
+    for name, saved in contents.saved.items():
+        if name not in entries and not any(
+            other in entries and saved.shape == value.shape and torch.equal(saved, value)
+            for other, value in contents.saved.items()  # one that is tied to it
+        ):
+            raise MismatchError(f"the base has no {name!r}, which was trained in full")
     for name, entry in entries.items():
         if name in contents.updates:
             site = contents.updates[name][0]
+            # What lies behind the rows is flattened.
+            first = (*site.lead, site.in_ if site.transposed else site.out)
             size = math.prod((*site.lead, site.out, site.in_))
-            if entry["dtype"] not in _DTYPES or math.prod(entry["shape"]) != size:
+            shape = entry["shape"]
+            fits = math.prod(shape) == size and tuple(shape[: len(first)]) == first
+            if entry["dtype"] not in _DTYPES or not fits:
                 raise MismatchError(
                     f"the base has {name!r} as {entry['dtype']} of {entry['shape']}, the adapter "
                     f"an update for {site.out} x {site.in_}"
@@ -180,7 +206,9 @@ def _changed(
     dtype = _DTYPES[entry["dtype"]]
     site, settings, place = contents.updates[name]
     weight = torch.frombuffer(data, dtype=dtype).view(entry["shape"])
-    numbers = contents.numbers[name].float()
+    check_base_weights(contents, {name: weight})
+    numbers = contents.numbers[name]
+    numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32))
     if (place, dtype) not in stores:
         stores[place, dtype] = contents.banks[place].store(weight.device, dtype)
     a, b = stores[place, dtype].operands(

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from randlora.adapters import DEFAULT, Adapter
+from randlora.bases import Store
 from randlora.functional import delta_weight, effective_weight
-from randlora.operators import DenseOperator
+from randlora.operators import DenseOperator, Operator
 
 __all__ = [
     "Adaptation",
@@ -220,7 +221,7 @@ def delta(module: nn.Module, adapter: Adapter, dtype: torch.dtype | None = None)
 
     In ``dtype``, by default that of the weight: a rank is to be judged in float64.
     """
-    site, (lam, gamma) = adapter.site, adapter.parameters(module)
+    site, (lam, _) = adapter.site, adapter.parameters(module)
     base = None if site.opaque else module._parameters[site.parameter]
     own = lam.dtype if base is None else base.dtype
     if dtype is None or dtype == own:
@@ -229,6 +230,11 @@ def delta(module: nn.Module, adapter: Adapter, dtype: torch.dtype | None = None)
         r, p, q, m = adapter.sizes
         a = adapter.bank.a(r, p).to(lam.device, dtype)
         b = DenseOperator(adapter.bank.b(q, m, dtype).to(lam.device))
+    return _delta(module, adapter, a, b)
+
+
+def _delta(module: Any, adapter: Adapter, a: Tensor, b: Operator) -> Tensor:
+    site, (lam, gamma) = adapter.site, adapter.parameters(module)
     keywords: Any = {"scaling": adapter.settings.scaling, "wide": site.out < site.in_}
     if site.stack:
         each = zip(lam, gamma, strict=True)
@@ -240,17 +246,26 @@ def delta(module: nn.Module, adapter: Adapter, dtype: torch.dtype | None = None)
     return update
 
 
-def weighted(module: Any, parameter: str, weights: Mapping[str, float]) -> Tensor:
-    """``W0 + Σ w ΔW`` over adapters by name, without a gradient, summed in float32 at least."""
+def weighted(
+    module: Any, parameter: str, weights: Mapping[str, float], stores: dict[Any, Store]
+) -> Tensor:
+    """``W0 + Σ w ΔW`` over adapters by name, without a gradient, summed in float32 at least.
+
+    ``stores`` holds the bases that are drawn for it, for the next weight.
+    """
     base = module._parameters[parameter]
     with torch.inference_mode(False), torch.no_grad():
         wider = torch.promote_types(base.dtype, torch.float32)
         total = base.to(wider, copy=True)
         for name, weight in weights.items():
-            if (adapter := module._randlora.adapters.get(name, {}).get(parameter)) is not None:
-                update = delta(module, adapter, wider)
-                update = update.transpose(-1, -2) if adapter.site.transposed else update
-                total += weight * update.reshape(base.shape)
+            if (adapter := module._randlora.adapters.get(name, {}).get(parameter)) is None:
+                continue
+            key = adapter.bank, base.device, wider
+            if key not in stores:
+                stores[key] = adapter.bank.store(base.device, wider)
+            update = _delta(module, adapter, *stores[key].operands(*adapter.sizes))
+            update = update.transpose(-1, -2) if adapter.site.transposed else update
+            total += weight * update.reshape(base.shape)
         return _laid_out(total.to(base.dtype), base)
 
 

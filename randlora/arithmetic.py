@@ -66,7 +66,12 @@ def add_weighted_adapter(model: ModelT, weights: Mapping[str, float], adapter: s
             place = Place(module, first.site)
             updates[place] = first.settings, first.bank
             numbers[place] = _sum(weight_name(path, parameter), module, terms)
-    adapt(model, adapter, updates, ())
+            if not all(side.float().isfinite().all() for side in numbers[place]):
+                raise ValueError(
+                    f"weights must give finite numbers, but the sum for "
+                    f"{weight_name(path, parameter)!r} has others"
+                )
+    adapt(model, adapter, updates, (), freeze=False)
     with torch.no_grad():
         for (module, site), values in numbers.items():
             state: Adaptation = vars(module)["_randlora"]

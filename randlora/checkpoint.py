@@ -17,6 +17,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -26,6 +27,7 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 from torch import Tensor, nn
 
+from randlora._checks import as_positive_int, as_real
 from randlora.adapted import adapted_modules
 from randlora.adapters import DEFAULT, Settings, Site, check_adapter_name
 from randlora.bases import FORMAT_VERSION, BasisBank
@@ -33,6 +35,7 @@ from randlora.contents import (
     BASE,
     BASES,
     FORMAT,
+    RESERVED,
     SAMPLES,
     SAVED_PREFIX,
     BaseModelError,
@@ -69,25 +72,42 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 def _contents(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Contents:
     """The other way round; errors of any type where the file was not written here."""
-    others = BASE, BASES, SAVED_PREFIX
-    numbers = {name: tensor for name, tensor in tensors.items() if not name.startswith(others)}
+    saved = {
+        n.removeprefix(SAVED_PREFIX): t for n, t in tensors.items() if n.startswith(SAVED_PREFIX)
+    }
     banks = [_bank(recipe, tensors, place) for place, recipe in enumerate(header["banks"])]
+    given = [
+        f"{BASES}{place}.{base}"
+        for place, bank in enumerate(banks)
+        if isinstance(bank, PeftBank) and bank.entries is not None
+        for base in "ab"
+    ]
+    known = {BASE, *given, *(SAVED_PREFIX + name for name in saved)}
+    numbers = {name: tensor for name, tensor in tensors.items() if name not in known}
     updates = {}
     for name, place in zip(sorted(numbers), header["places"], strict=True):
-        choice = {"parameter": name.rpartition(".")[2], **header["choices"][place]}
+        choice = {"parameter": name.rpartition(".")[2], **_at(header["choices"], place)}
         bank = choice.pop("bank")
         site = Site(**{field.name: choice.pop(field.name) for field in fields(Site)})
         settings = Settings(**choice)
         lead, n, width = numbers[name].shape[:-2], *numbers[name].shape[-2:]
         if (tuple(lead), n, width) != (site.lead, settings.num_bases, settings.rank + site.p):
             raise ValueError(f"{name!r} is not of the size that its choices give")
-        if Settings.of(
+        if not numbers[name].is_floating_point() or name.startswith(RESERVED[1:]):
+            raise ValueError(f"{name!r} is no update")
+        checked = Settings.of(
             site,
             rank=settings.rank,
             dropout=settings.dropout,
             num_bases=settings.num_bases,
-            any_rank=not banks[bank].lowers_rank,
-        ) != replace(settings, scaling=1.0, asked_rank=settings.rank):
+            any_rank=not _at(banks, bank).lowers_rank,
+        )
+        checked = replace(
+            checked,
+            scaling=as_real("scaling", settings.scaling),
+            asked_rank=as_positive_int("asked_rank", settings.asked_rank),
+        )
+        if checked != settings:
             raise ValueError(f"{name!r} has choices of wrong types")
         updates[name] = site, settings, bank
     if tensors[BASE].shape != (len(updates), SAMPLES):
@@ -95,17 +115,26 @@ def _contents(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Conte
     return Contents(
         updates=updates,
         banks=tuple(banks),
-        digests=tuple(bank["digest"] for bank in header["banks"]),
+        digests=tuple(_texts([bank["digest"] for bank in header["banks"]])),
         numbers=numbers,
         base=tensors[BASE],
-        saved={
-            n.removeprefix(SAVED_PREFIX): t
-            for n, t in tensors.items()
-            if n.startswith(SAVED_PREFIX)
-        },
-        modules_to_save=tuple(header["modules_to_save"]),
+        saved=saved,
+        modules_to_save=tuple(_texts(header["modules_to_save"])),
         version=header["version"],
     )
+
+
+def _at(items: list[Any], place: Any) -> Any:
+    """The item at a place, counted from the front only."""
+    if not isinstance(place, int) or not 0 <= place < len(items):
+        raise ValueError(f"there is no place {place!r} among {len(items)}")
+    return items[place]
+
+
+def _texts(items: list[Any]) -> list[str]:
+    if not all(isinstance(item, str) for item in items):
+        raise ValueError(f"{items!r} must be names")
+    return items
 
 
 def _bank(recipe: Mapping[str, Any], tensors: Mapping[str, Tensor], place: int) -> BasisBank:
@@ -195,12 +224,15 @@ def save_adapter(
 @contextmanager
 def replacing(target: Path) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of ``target`` once all is written and on the disk."""
+    target = target.resolve()  # what a link leads to, not the link
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         with open(beside, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, beside)
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
@@ -291,16 +323,18 @@ def read(path: str | os.PathLike[str]) -> Contents:
         checksum = header.pop("checksum")
         whole = checksum == _checksum(header, tensors)
         contents = _contents(header, tensors) if whole else None
+        version = header["bases"]
     except Exception as error:
         raise FileError(f"{str(target)!r} has contents of another making: {error}") from error
     if contents is None:
         raise FileError(f"{str(target)!r} was changed or damaged: its checksum is another")
-    if header["bases"] != FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise BasesError(
-            f"{str(target)!r} has bases of version {header['bases']}; this is {FORMAT_VERSION}"
+            f"{str(target)!r} has bases of version {version}; this is {FORMAT_VERSION}"
         )
-    for name, tensor in {**contents.numbers, **contents.saved}.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+    for name, tensor in tensors.items():
+        # What is trained in full may have a buffer with infinities, a mask.
+        if tensor.isnan().any() or not (name.startswith(SAVED_PREFIX) or tensor.isfinite().all()):
             raise FileError(f"{str(target)!r} has values in {name!r} that are not finite")
     return contents
 

@@ -5,7 +5,7 @@ Whatever file it comes from, a model is changed only after everything was checke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
@@ -16,13 +16,14 @@ from randlora.adapted import Adapted, adapted_modules
 from randlora.adapters import Settings, Site, check_adapter_name
 from randlora.bases import FORMAT_VERSION, BasisBank
 from randlora.handlers import parameter_site
-from randlora.injection import SAVED, Place, adapt
+from randlora.injection import SAVED, Place, adapt, untrainable
 from randlora.peft_bases import PeftBank
 
 __all__ = [
     "BASE",
     "BASES",
     "FORMAT",
+    "RESERVED",
     "SAMPLES",
     "SAVED_PREFIX",
     "BaseModelError",
@@ -31,6 +32,7 @@ __all__ = [
     "Contents",
     "FileError",
     "MismatchError",
+    "check_base_weights",
     "collect",
     "known_adapter",
     "restore",
@@ -39,7 +41,7 @@ __all__ = [
 
 FORMAT = 1
 SAMPLES = 8  # entries of each frozen weight
-BASE, BASES, SAVED_PREFIX = "randlora.base", "randlora.bases.", "randlora.saved."
+BASE, BASES, SAVED_PREFIX = RESERVED = "randlora.base", "randlora.bases.", "randlora.saved."
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -87,7 +89,13 @@ class Contents:
     def check_bases(self) -> None:
         """Draw the bases, and raise :class:`BasesError` unless they are those of the file."""
         for place, (bank, digest) in enumerate(zip(self.banks, self.digests, strict=True)):
-            if digest is not None and bank.digest(self.sizes(place)) != digest:
+            if digest is None:
+                continue
+            try:
+                found = bank.digest(self.sizes(place))
+            except (RuntimeError, MemoryError) as error:  # larger than any that were used
+                raise BasesError(f"{bank!r} cannot be drawn here: {error}") from error
+            if found != digest:
                 raise BasesError(f"the bases that {bank!r} gives here are not those of the file")
 
     def tensors(self) -> dict[str, Tensor]:
@@ -153,7 +161,7 @@ def saved_state(model: nn.Module) -> tuple[tuple[str, ...], dict[str, Tensor]]:
 
 def _samples(weight: Tensor | None) -> Tensor:
     """Some entries of a frozen weight, the same in every dtype but for rounding."""
-    if weight is None or not weight.is_floating_point() or type(weight) is not nn.Parameter:
+    if weight is None or not weight.is_floating_point():
         return torch.zeros(SAMPLES)  # one that cannot be read
     places = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64).long()
     return weight.detach().reshape(-1)[places.to(weight.device)].float().cpu()
@@ -175,25 +183,33 @@ def collect(model: nn.Module, adapter: str | None, dtype: torch.dtype | None) ->
     for path, module in modules.items():
         for parameter, update in module._randlora.adapters.get(adapter, {}).items():
             name = f"{path}.{parameter}" if path else parameter
+            if name == BASE or name.startswith(RESERVED[1:]):
+                raise ValueError(f"model must have no weight called {name!r}, to be saved")
             if update.bank not in banks:
                 banks.append(update.bank)
             updates[name] = update.site, update.settings, banks.index(update.bank)
             packed = torch.cat([t.detach().cpu() for t in update.parameters(module)], -1)
-            if not packed.isfinite().all():
+            numbers[name] = packed if dtype is None else packed.to(dtype)
+            if not numbers[name].isfinite().all():
                 raise ValueError(
                     f"model must have finite updates to be saved, but that of {name!r} has values "
                     "that are infinite or no number"
                 )
-            numbers[name] = packed if dtype is None else packed.to(dtype)
-            base[name] = _samples(module._parameters.get(parameter))
+            weight = module._parameters.get(parameter)
+            base[name] = _samples(weight if type(weight) is nn.Parameter else None)
     to_save, saved = saved_state(model)
+    for name, tensor in saved.items():
+        if tensor.isnan().any():
+            raise ValueError(
+                f"model must have numbers to be saved, but {name!r} has some that are none"
+            )
     contents = Contents(
         updates=updates,
         banks=tuple(banks),
         digests=(),
         numbers=numbers,
         base=torch.stack([base[name] for name in sorted(base)]),
-        saved={name: tensor.detach().cpu() for name, tensor in saved.items()},
+        saved={name: tensor.detach().cpu().clone() for name, tensor in saved.items()},  # untied
         modules_to_save=to_save,
         version=__version__,
     )
@@ -218,11 +234,19 @@ def restore(model: ModelT, contents: Contents, adapter: str, *, check_base: bool
         if isinstance(module, Adapted)
         for parameter, update in module._randlora.adapters.get(adapter, {}).items()
     }
+    saved_modules = _saved_modules(contents, modules)
+    _check_places(model, targets, saved_modules)
     if present:
         _check_same(contents, targets, present)
-    saved = _check_saved(contents, model, modules)
-    if check_base and contents.base is not None:
-        _check_base(contents, targets)
+        ours = {module for module in model.modules() if SAVED in vars(module)}
+        if ours != saved_modules:
+            raise MismatchError(
+                "file and model must train the same modules in full, but the file has "
+                f"{list(contents.modules_to_save)}, the model {list(saved_state(model)[0])}"
+            )
+    saved = _check_saved(contents, model)
+    if check_base:
+        check_base_weights(contents, dict(_weights(targets)))
     contents.check_bases()
 
     if not present:
@@ -245,12 +269,14 @@ def restore(model: ModelT, contents: Contents, adapter: str, *, check_base: bool
             targets[name]: (contents.updates[name][1], banks[contents.updates[name][2]])
             for name in sorted(contents.updates, key=position)
         }
-        adapt(model, adapter, updates, [modules[name] for name in contents.modules_to_save])
+        adapt(model, adapter, updates, saved_modules)
     with torch.no_grad():
         for name, numbers in contents.numbers.items():
             module: Any = targets[name].module
             update = module._randlora.adapters[adapter][targets[name].site.parameter]
             lam, gamma = update.parameters(module)
+            if not present and numbers.dtype == torch.float64:
+                lam.data, gamma.data = lam.data.double(), gamma.data.double()
             rank = update.settings.rank
             lam.copy_(numbers[..., :rank])
             gamma.copy_(numbers[..., rank:])
@@ -305,19 +331,44 @@ def _check_same(contents: Contents, targets: Mapping[str, Place], present: Any) 
             )
 
 
-def _check_saved(
-    contents: Contents, model: nn.Module, modules: Mapping[str, nn.Module]
-) -> list[tuple[Tensor, Tensor]]:
+def _saved_modules(contents: Contents, modules: Mapping[str, nn.Module]) -> set[nn.Module]:
+    """The modules trained in full, which can be."""
+    for name in contents.modules_to_save:
+        if not name or name not in modules:
+            raise MismatchError(f"the file has a module {name!r}, trained in full; the model none")
+        if reason := untrainable(modules[name]):
+            raise MismatchError(
+                f"the file has {name!r}, trained in full; in the model it has {reason}"
+            )
+    return {modules[name] for name in contents.modules_to_save}
+
+
+def _check_places(
+    model: nn.Module, targets: Mapping[str, Place], saved_modules: set[nn.Module]
+) -> None:
+    """Raise unless each update has a real weight of its own, of a layer not trained in full."""
+    names: dict[Place, str] = {}
+    for name, place in targets.items():
+        if place in names:
+            raise MismatchError(
+                f"the file has updates for {names[place]!r} and {name!r}, which are one weight of "
+                "the model"
+            )
+        names[place] = name
+        module = place.module
+        if module in saved_modules or SAVED in vars(module):
+            raise MismatchError(f"{name!r} cannot be adapted and trained in full at once")
+        if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+            raise MismatchError(f"{name!r} is on the meta device; materialise the model first")
+
+
+def _check_saved(contents: Contents, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """What is to be copied into the ``modules_to_save``, checked."""
     state = model.state_dict() if contents.modules_to_save else {}
-    for name in contents.modules_to_save:
-        if name not in modules:
-            raise MismatchError(f"the file has a module {name!r}, trained in full; the model none")
-        prefix = f"{name}." if name else ""
-        lacking = [n for n in state if n.startswith(prefix) and n not in contents.saved]
-        if lacking:
-            raise MismatchError(f"the file has nothing for {', '.join(lacking)}")
-    prefixes = tuple(f"{name}." if name else "" for name in contents.modules_to_save)
+    prefixes = tuple(f"{name}." for name in contents.modules_to_save)
+    lacking = [name for name in state if name.startswith(prefixes) and name not in contents.saved]
+    if lacking:
+        raise MismatchError(f"the file has nothing for {', '.join(lacking)}")
     pairs = []
     for name, value in contents.saved.items():
         if not name.startswith(prefixes):
@@ -331,14 +382,27 @@ def _check_saved(
     return pairs
 
 
-def _check_base(contents: Contents, targets: Mapping[str, Place]) -> None:
-    assert contents.base is not None
+def _weights(targets: Mapping[str, Place]) -> Iterator[tuple[str, Tensor | None]]:
+    """The frozen weights by name; None where one is not to be read."""
+    for name, (module, site) in targets.items():
+        weight = module._parameters.get(site.parameter)
+        yield name, weight if type(weight) is nn.Parameter else None
+
+
+def check_base_weights(contents: Contents, weights: Mapping[str, Tensor | None]) -> None:
+    """Raise :class:`BaseModelError` if some weights are not those that the file knows.
+
+    It knows a few entries of each, to the rounding of low precision: enough to tell another model,
+    not every change of the same.
+    """
+    if contents.base is None:
+        return
     for name, theirs in zip(sorted(contents.updates), contents.base, strict=True):
-        module, site = targets[name]
-        ours = _samples(module._parameters.get(site.parameter))
         # Entries rounded to bfloat16 differ by 2**-8, small ones in float16 by 2**-24.
-        if not torch.allclose(ours, theirs, rtol=2**-7, atol=2**-23):
+        if name in weights and not torch.allclose(
+            _samples(weights[name]), theirs, rtol=2**-7, atol=2**-23
+        ):
             raise BaseModelError(
                 f"the adapter was trained on another base model: {name!r} has other values "
-                "(check_base=False loads it nevertheless)"
+                "(check_base=False, or --any-base, takes it nevertheless)"
             )

@@ -36,7 +36,16 @@ from randlora.patterns import (
 )
 from randlora.peft_bases import PEFT_KINDS, PeftBank
 
-__all__ = ["SAVED", "Place", "adapt", "adapter_parameters", "inject", "left_out", "train"]
+__all__ = [
+    "SAVED",
+    "Place",
+    "adapt",
+    "adapter_parameters",
+    "inject",
+    "left_out",
+    "train",
+    "untrainable",
+]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -145,14 +154,10 @@ def inject(
             raise ValueError(
                 f"modules_to_save must not be adapted, but {names[module][0]!r} is already"
             )
-        for name, parameter in module.named_parameters(recurse=False):
-            trainable = parameter.is_floating_point() or parameter.is_complex()
-            if not trainable or parameter.is_inference():
-                what = "an inference tensor" if trainable else parameter.dtype
-                raise TypeError(
-                    f"modules_to_save must be trainable, but {names[module][0]!r} has {name!r}, "
-                    f"{what}"
-                )
+        if reason := untrainable(module):
+            raise TypeError(
+                f"modules_to_save must be trainable, but {names[module][0]!r} has {reason}"
+            )
     saved |= {module for module in names if SAVED in vars(module)}  # by an adapter before
     targets = _targets(names, supported, heads, target_modules, exclude_modules, saved)
     targets += _further(names, targets, target_parameters, exclude_modules, saved)
@@ -170,6 +175,8 @@ def adapt(
     adapter: str,
     updates: Mapping[Place, tuple[Settings, BasisBank]],
     saved: Iterable[nn.Module],
+    *,
+    freeze: bool = True,
 ) -> ModelT:
     """Give a model an adapter of one more name, or raise and leave it as it was."""
     names, active = _names(model), adapter
@@ -193,7 +200,8 @@ def adapt(
             update.draw_bases(module)
 
     # All that can fail is done.
-    model.requires_grad_(False)
+    if freeze:
+        model.requires_grad_(False)
     for module, ours in made.items():
         install(module, adapter, ours)
         module._randlora.active = active  # type: ignore[union-attr]
@@ -202,6 +210,15 @@ def adapt(
         vars(module)[SAVED] = True
     train(model)
     return model
+
+
+def untrainable(module: nn.Module) -> str | None:
+    """Which parameter of a module, not of those beneath, cannot be trained in full; or None."""
+    for name, parameter in module.named_parameters(recurse=False):
+        trainable = parameter.is_floating_point() or parameter.is_complex()
+        if not trainable or parameter.is_inference():
+            return f"{name!r}, {'an inference tensor' if trainable else parameter.dtype}"
+    return None
 
 
 def train(model: nn.Module) -> None:

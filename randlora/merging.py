@@ -173,10 +173,13 @@ def unload(model: ModelT, *, merge: bool | Mapping[str, float] = False) -> Model
             )
     new: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
     if weights is not None:
+        stores: dict[Any, Any] = {}
         for name, module in modules.items():
-            for parameter in dict.fromkeys(u.site.parameter for u in module._randlora.all()):
+            adapters = module._randlora.adapters
+            named = [u for adapter in weights for u in adapters.get(adapter, {}).values()]
+            for parameter in dict.fromkeys(update.site.parameter for update in named):
                 _check_readable(name, module, parameter)
-                new[name][parameter] = weighted(module, parameter, weights)
+                new[name][parameter] = weighted(module, parameter, weights, stores)
                 _check_finite(name, parameter, new[name][parameter])
     elif merge:
         _fold_all(modules)

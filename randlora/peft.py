@@ -95,6 +95,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "bias": "none",
             "sparse": False,
             "very_sparse": False,
+            "save_projection": True,
             **given,
         }
         with safetensors().safe_open(str(folder / _TENSORS), "pt") as file:
@@ -119,10 +120,14 @@ def _contents(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
 ) -> Contents:
     modules = dict(model.named_modules(remove_duplicate=False))
+    aliases = _aliases(model)
     names = sorted(_under(tensors, _LAMBDA))
     if not names or set(names) != _under(tensors, _GAMMA):
         raise FileError(f"{_TENSORS} must have a {_LAMBDA} and a {_GAMMA} for each of its layers")
     sites = {name: _site(modules, name) for name in names}
+    for name in names:
+        if len(aliases[modules[name]]) > 1:  # PEFT would adapt it under the first of its names only
+            raise MismatchError(f"{name!r} is one module with {aliases[modules[name]][1:]}")
     try:
         missing = _missing(config, names, model)
         settings = {
@@ -136,8 +141,7 @@ def _contents(
             for name, site in sites.items()
         }
         bank = _bank(config, tensors, list(sites.values()))
-        to_save = config.get("modules_to_save") or []
-        saved_modules = [n for n in modules if any(f".{n}".endswith(f".{end}") for end in to_save)]
+        saved_modules = _saved(config, modules)
     except (TypeError, ValueError, LookupError, re.error) as error:
         raise FileError(f"{_CONFIG} and {_TENSORS} do not go together: {error}") from error
     if missing:
@@ -201,11 +205,25 @@ def _is_peft_s(module: nn.Module, site: Site) -> bool:
     return known and site.parameter == "weight"
 
 
+def _aliases(model: nn.Module) -> dict[nn.Module, list[str]]:
+    aliases: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(module, []).append(name)
+    return aliases
+
+
+def _saved(config: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> list[str]:
+    """What is trained in full: modules whose names end so, by letters, and all beneath them."""
+    ends = tuple(config.get("modules_to_save") or ())
+    tops = [name for name in modules if name and name.endswith(ends)]
+    return [name for name in modules if any(f"{name}.".startswith(f"{top}.") for top in tops)]
+
+
 def _missing(config: Mapping[str, Any], names: list[str], model: nn.Module) -> list[str]:
     """The targets that PEFT would find in the model and that the folder has nothing for."""
     targets = config.get("target_modules")
-    if config.get("layers_to_transform") is not None or targets is None:
-        return []  # a choice among these that the names in the file tell better
+    if targets is None:
+        return []
     out = config.get("modules_to_save") or []
     missing = []
     for name, module in model.named_modules():
@@ -216,9 +234,23 @@ def _missing(config: Mapping[str, Any], names: list[str], model: nn.Module) -> l
         if isinstance(targets, str):
             wanted = re.fullmatch(targets, name) is not None
         else:
-            wanted = any(f".{name}".endswith(f".{end}") for end in targets)
+            ends = any(name.endswith(f".{end}") for end in targets)
+            wanted = name in targets or (ends and _in_layers(config, name))
         missing += [name] * wanted
     return missing
+
+
+def _in_layers(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a module lies in ``layers_to_transform``, by the first number in its name."""
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    patterns = config.get("layers_pattern") or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    for pattern in [rf"(?:.*?\.)?{p}" for p in patterns] or [r".*?\.[^.]*"]:
+        if found := re.match(rf"{pattern}\.(\d+)\.", name):
+            return int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+    return False
 
 
 def _bank(config: Mapping[str, Any], tensors: Mapping[str, Tensor], sites: list[Site]) -> PeftBank:
@@ -228,11 +260,25 @@ def _bank(config: Mapping[str, Any], tensors: Mapping[str, Tensor], sites: list[
     kind = next(kind for kind, wanted in _FLAGS.items() if wanted == flags)
     out, in_ = max(site.out for site in sites), max(site.in_ for site in sites)
     arguments: dict[str, Any] = {"rank": config["r"], "seed": config["projection_prng_key"]}
+    sizes: dict[str, Any] = {"smaller": min(out, in_), "larger": max(out, in_)}
     a, b = (_the_one(tensors, name) for name in (_A, _B))
     if a is None or b is None:
-        return PeftBank(kind, smaller=min(out, in_), larger=max(out, in_), **arguments)
+        if a is not b or config["save_projection"]:
+            raise ValueError(
+                f"save_projection={config['save_projection']!r}, but not both bases are there"
+            )
+        return PeftBank(kind, **arguments, **sizes)
+    # Drawn for these layers, or for more of them.
+    rank, larger, smaller = arguments["rank"], b.shape[0], a.shape[-1]
+    shapes = (rank, 1, smaller), (larger, -(-smaller // rank), rank)
+    fits = sizes["smaller"] <= smaller <= larger and sizes["larger"] <= larger
+    if (tuple(a.shape), tuple(b.shape)) != shapes or not fits:
+        raise ValueError(
+            f"bases of {tuple(a.shape)} and {tuple(b.shape)} are not of rank {rank} for layers of "
+            f"{sizes['larger']} x {sizes['smaller']}"
+        )
     entries = a.flatten(1).float(), b.flatten(1).float()
-    arguments |= {"smaller": a.shape[-1], "larger": b.shape[0]}
+    arguments |= {"smaller": smaller, "larger": larger}
     for dtype in ("bfloat16", "float16"):
         bank = PeftBank(kind, dtype=dtype, **arguments)
         if bank.gives(*entries):
@@ -290,8 +336,9 @@ def save_adapter(
         )
 
     names = [name.removesuffix(".weight") for name in contents.updates]
+    others = {name for name, _ in model.named_modules()} - {*contents.modules_to_save}
     for end in contents.modules_to_save:
-        like = [n for n, _ in model.named_modules() if n.endswith(end) and n != end]
+        like = [n for n in others if n.endswith(end)]
         if like:
             raise ValueError(
                 f"modules_to_save must be the only ones whose names end so, to be written for "
@@ -303,7 +350,7 @@ def save_adapter(
         "task_type": None,
         "inference_mode": True,
         "r": bank.rank,
-        "randlora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "randlora_alpha": alpha,
         "randlora_dropout": dropout,
         # A list of names would have PEFT take every module whose name ends in one of them.
         "target_modules": "|".join(map(re.escape, names)),
@@ -323,11 +370,11 @@ def save_adapter(
         a, b = bank.projections(smaller, larger)
         tensors[f"{_BASE}{_A}"], tensors[f"{_BASE}{_B}"] = a, b
     target.mkdir(parents=True, exist_ok=True)
-    with replacing(target / _TENSORS) as file:
+    # Both are on the disk before either takes its place.
+    with replacing(target / _CONFIG) as first, replacing(target / _TENSORS) as second:
+        first.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        file.write(safetensors().torch.save(whole, {"format": "pt"}))
-    with replacing(target / _CONFIG) as file:
-        file.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+        second.write(safetensors().torch.save(whole, {"format": "pt"}))
 
 
 def _common(model: nn.Module, contents: Contents) -> tuple[PeftBank, float, float]:
@@ -338,9 +385,14 @@ def _common(model: nn.Module, contents: Contents) -> tuple[PeftBank, float, floa
         raise ValueError(
             f"model must have one bank, of a kind of PEFT's, to be written; it has {kinds}"
         )
-    common = set()
+    common, aliases = set(), _aliases(model)
     for name, (site, settings, _) in contents.updates.items():
         module = model.get_submodule(name.rpartition(".")[0])
+        if module is model or len(aliases[module]) > 1:
+            raise ValueError(
+                "model must have its layers beneath it, each by one name, to be written for PEFT, "
+                f"but {name!r} is also at {aliases[module]}"
+            )
         if not _is_peft_s(module, site):
             raise ValueError(
                 f"model must have updates of linear layers and Conv1D only, to be written for PEFT,"
@@ -351,10 +403,13 @@ def _common(model: nn.Module, contents: Contents) -> tuple[PeftBank, float, floa
                 f"model must have ceil(p / rank) bases in each layer, to be written for PEFT, but "
                 f"{name!r} has {settings.num_bases}"
             )
-        common.add((settings.scaling * settings.rank, settings.dropout))
+        common.add((settings.scaling, settings.dropout))
     if len(common) > 1:
         raise ValueError(
-            "model must have one alpha and one dropout, to be written for PEFT, but has pairs "
+            "model must have one scaling and one dropout, to be written for PEFT, but has pairs "
             f"{sorted(common)}"
         )
-    return bank, *common.pop()
+    scaling, dropout = common.pop()
+    alpha = scaling * bank.rank
+    whole = round(alpha)
+    return bank, whole if whole / bank.rank == scaling else alpha, dropout

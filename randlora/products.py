@@ -96,8 +96,8 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     """
     if _widened(a, b):
         product = a.new_empty(len(a), b.shape[1])
-        for rows, columns in _blocks(a, b):
-            product[rows, columns] = a[rows].float() @ b[:, columns].float()
+        for rows, columns, one, other in _parts(a, b):
+            product[rows, columns] = one @ other
         return product
     if _allowed(a, b):
         if _suits(a, b):
@@ -114,9 +114,9 @@ def addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
     oneDNN has no product that adds to a matrix in place: the product is there beside it for a time.
     """
     if _widened(a, b):
-        for rows, columns in _blocks(a, b):
+        for rows, columns, one, other in _parts(a, b):
             part = total[rows, columns]
-            part.copy_(part.float().addmm_(a[rows].float(), b[:, columns].float()))
+            part.copy_(part.float().addmm_(one, other))
     elif _allowed(a, b) and (_suits(a, b) or _suits(b.T, a.T)):
         total += mm(a, b)
     else:
@@ -126,35 +126,59 @@ def addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
 # shape: a (i, j), blocks (k, j, c) -> (k, i, c)
 def bmm(a: Tensor, blocks: Tensor) -> Tensor:
     """``a`` times each of the blocks."""
-    if _widened(a, blocks):
-        return bmm(a.float(), blocks.float()).to(a.dtype)
-    return torch.bmm(a.expand(len(blocks), *a.shape), blocks)
+    if not _widened(a, blocks):
+        return torch.bmm(a.expand(len(blocks), *a.shape), blocks)
+    product = blocks.new_empty(len(blocks), len(a), blocks.shape[2])
+    for part in _batches(a, blocks):
+        product[part] = bmm(a.float(), blocks[part].float())
+    return product
 
 
 # shape: total (k, i, c), a (i, j), blocks (k, j, c)
 def baddbmm_(total: Tensor, a: Tensor, blocks: Tensor) -> None:
     """``total += `` the products of :func:`bmm`, rounded once."""
-    if _widened(a, blocks):
-        wide = total.float()
-        baddbmm_(wide, a.float(), blocks.float())
-        total.copy_(wide)
-    else:
+    if not _widened(a, blocks):
         total.baddbmm_(a.expand(len(blocks), *a.shape), blocks)
+        return
+    for part in _batches(a, blocks):
+        wide = total[part].float()
+        baddbmm_(wide, a.float(), blocks[part].float())
+        total[part] = wide
+
+
+def _plain(*matrices: Tensor) -> bool:
+    """Whether these are but tensors, and nothing is recorded of what is done with them."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and all(type(matrix) in (Tensor, nn.Parameter) for matrix in matrices)
+        and forward_ad._current_level < 0
+    )
 
 
 def _widened(a: Tensor, b: Tensor) -> bool:
-    """Whether the product is one to be taken in float32; a compiler has ways of its own."""
-    here = a.dtype == b.dtype and a.dtype in WIDENED and a.device.type == "cpu"
-    return here and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    """Whether the product is one to be taken in float32."""
+    low = a.dtype == b.dtype and a.dtype in WIDENED and a.device.type == "cpu"
+    return low and _plain(a, b)
 
 
-def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Rows of ``a`` and columns of ``b`` that a product is taken of at a time."""
+def _parts(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Rows of ``a`` and columns of ``b`` in float32, so many that they are little memory."""
     inner = max(1, a.shape[1])
-    width, height = max(256, 8 * _BLOCK // inner), max(256, _BLOCK // inner)
+    height, width = max(256, _BLOCK // inner), max(256, 8 * _BLOCK // inner)
     for left in range(0, b.shape[1], width):
+        columns = slice(left, left + width)
+        other = b[:, columns].float()
         for top in range(0, len(a), height):
-            yield slice(top, top + height), slice(left, left + width)
+            rows = slice(top, top + height)
+            yield rows, columns, a[rows].float(), other
+
+
+def _batches(a: Tensor, blocks: Tensor) -> Iterator[slice]:
+    """As many of the blocks as are, with their products, little memory in float32."""
+    each = (len(a) + blocks.shape[1]) * blocks.shape[2]
+    step = max(1, 4 * _BLOCK // max(1, each))
+    return (slice(low, low + step) for low in range(0, len(blocks), step))
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
@@ -164,17 +188,13 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
 
 def _allowed(a: Tensor, b: Tensor) -> bool:
     """Whether the product may go to oneDNN, which knows no derivatives and no subclasses."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False
     (rows, inner), columns = a.shape, b.shape[1]
     return (
-        min(rows, inner, columns) >= _SMALLEST
+        _plain(a, b)
+        and min(rows, inner, columns) >= _SMALLEST
         and rows * inner * columns >= _LEAST
         and onednn(a.dtype, a.device)
         and a.dtype == b.dtype
-        and type(a) in (Tensor, nn.Parameter)
-        and type(b) in (Tensor, nn.Parameter)
-        and forward_ad._current_level < 0
         and bool(torch.backends.mkldnn.enabled)
     )
 

@@ -128,7 +128,6 @@ def test_a_sum_that_is_no_update_is_refused_and_can_be_merged():
             for (name, parameter), update in term.items():
                 target = reference.get_submodule(name).get_parameter(parameter)
                 target += weight * update.reshape(target.shape)
-    versions = {n: p._version for n, p in plain().named_parameters()}
     assert unload(model, merge=weights) is model
     assert type(model) is Net
     assert not [m for m in model.modules() if hasattr(m, "_randlora")]
@@ -136,7 +135,7 @@ def test_a_sum_that_is_no_update_is_refused_and_can_be_merged():
         want = reference.get_parameter(name)
         # The sum of three in float32.
         assert (parameter - want).abs().max() <= 4 * 6e-8 * max(1, want.abs().max()), name
-    assert versions.keys() == dict(model.named_parameters()).keys()
+    assert dict(plain().named_parameters()).keys() == dict(model.named_parameters()).keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -211,10 +210,32 @@ def test_bad_arguments_are_refused(name):
     assert same(snapshot(model), before)
 
 
+def test_what_no_adapter_that_is_named_touches_stays_as_it_is():
+    """Tied weights of other adapters, weights that cannot be merged, what was unfrozen by hand."""
+    model = nn.ModuleDict({n: nn.Linear(6, 6) for n in ("a", "b", "c", "free")})
+    model["b"].weight = model["c"].weight
+    inject(model, 2, adapter="one", target_modules="a")
+    inject(model, 2, adapter="two", target_modules="b")
+    train(model, "one", "lambda gamma", seed=1)
+    with torch.no_grad():
+        model["b"].two_randlora_gamma.fill_(torch.inf)
+    model["free"].weight.requires_grad_(True)
+    add_weighted_adapter(model, {"one": 2.0}, "twice")
+    assert model["free"].weight.requires_grad
+    assert not model["a"].base_weight.requires_grad
+    want = model["a"].base_weight + deltas(model, "twice")["a", "weight"]
+    unload(model, merge={"one": 2.0})
+    assert model["b"].weight is model["c"].weight
+    torch.testing.assert_close(model["a"].weight, want.float(), rtol=1e-6, atol=1e-6)
+
+
 def test_a_sum_that_is_not_finite_is_not_merged():
     model = several(1, 1)
     train(model, "a0", "lambda gamma", seed=1)
     before = snapshot(model)
+    with pytest.raises(ValueError, match="weights must give finite numbers"):
+        add_weighted_adapter(model, {"a0": 1e39}, "sum")
+    assert same(snapshot(model), before)
     with pytest.raises(ValueError, match="must be finite to be merged"):
         unload(model, merge={"a0": 1e38, "a1": 1})
     assert same(snapshot(model), before)

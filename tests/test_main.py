@@ -1,5 +1,6 @@
 """The commands: what is in a file, whether its bases are, and its updates in a file of weights."""
 
+import json
 import os
 import re
 import subprocess
@@ -103,6 +104,27 @@ def test_merging_takes_the_memory_of_a_layer_and_not_of_the_model(tmp_path, basi
     assert int(done.stdout) < 2 * adapter + 3 * layer
 
 
+def test_another_base_is_taken_where_that_is_meant_and_may_be_the_output(path):
+    base = path.with_name("base.safetensors")
+    safetensors.torch.save_file(plain(seed=1).state_dict(), base)
+    assert main(["merge", "--any-base", str(path), str(base), str(base)]) == 0
+    other = randlora.load_adapter(plain(seed=1), path, check_base=False)
+    want = randlora.unload(other, merge=True).state_dict()
+    got = safetensors.torch.load_file(base)
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+
+def test_a_bar_is_drawn_on_a_terminal(path, capsys, monkeypatch):
+    base = path.with_name("base.safetensors")
+    safetensors.torch.save_file(plain().state_dict(), base)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert main(["merge", str(path), str(base), str(path.with_name("out.safetensors"))]) == 0
+    count = len(plain().state_dict())
+    drawn = capsys.readouterr().err
+    assert drawn.endswith(f"[{'#' * 30}] {count} of {count}\n")
+    assert drawn.count("\r") == count
+
+
 def short(path):
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -117,9 +139,41 @@ def other_conv(path):
     safetensors.torch.save_file(state, path)
 
 
+def edited(**changes):
+    def act(path):
+        state = {**plain().state_dict(), **changes}
+        safetensors.torch.save_file({n: t for n, t in state.items() if t is not None}, path)
+
+    return act
+
+
+def header(change):
+    """A header that says something else of the convolution."""
+
+    def act(path):
+        data = path.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        entries = json.loads(data[8 : 8 + size])
+        change(entries["conv.weight"])
+        head = json.dumps(entries).encode()
+        path.write_bytes(len(head).to_bytes(8, "little") + head + data[8 + size :])
+
+    return act
+
+
 @pytest.mark.parametrize(
     ("tamper", "message"),
     [
+        (edited(**plain(seed=1).state_dict()), "BaseModelError: .* trained on another base model"),
+        (
+            edited(**{"attention.in_proj_weight": torch.zeros(8, 24)}),
+            r"MismatchError: the base has 'attention.in_proj_weight' as F32 of \[8, 24\]",
+        ),
+        (edited(**{"head.bias": None}), "MismatchError: the base has no 'head.bias', which was tr"),
+        (header(lambda e: e.pop("dtype")), "FileError: .*'dtype'"),
+        (header(lambda e: e.update(shape=[-6, -8, 1])), "FileError: .*'conv.weight' is not"),
+        (header(lambda e: e.update(shape=[6, 9, 1])), "FileError: .*'conv.weight' is not as long"),
+        (header(lambda e: e.update(data_offsets=[-8, 0])), "FileError: .* is not where"),
         (short, "FileError: .*it is not as long as its header says"),
         (lambda p: p.write_text("text"), "FileError: .* is not a whole .safetensors file"),
         (without_conv, "MismatchError: the base has no 'conv.weight'"),

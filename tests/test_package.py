@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "kernel": {"operators", "planning", "products"},
     "functional": {"kernel", "operators", "planning"},
     "adapters": {"_checks", "bases", "operators"},
-    "adapted": {"adapters", "functional", "operators"},
+    "adapted": {"adapters", "bases", "functional", "operators"},
     "layers": {
         *("_checks", "adapted", "adapters", "bases", "functional", "kernel", "operators"),
         "planning",
@@ -40,11 +40,11 @@ MAY_IMPORT = {
     },
     "merging": {"_checks", "adapted", "adapters", "injection"},
     "arithmetic": {"adapted", "adapters", "injection", "merging"},
-    "__main__": {"bases", "checkpoint", "diagnostics", "functional", "operators"},
+    "__main__": {"bases", "checkpoint", "contents", "diagnostics", "functional", "operators"},
     "contents": {
         *("__version__", "adapted", "adapters", "bases", "handlers", "injection", "peft_bases"),
     },
-    "checkpoint": {"adapted", "adapters", "bases", "contents", "peft_bases"},
+    "checkpoint": {"_checks", "adapted", "adapters", "bases", "contents", "peft_bases"},
     "peft": {"adapters", "checkpoint", "contents", "handlers", "peft_bases"},
     "diagnostics": {"adapted", "adapters", "bases", "injection", "layers", "planning"},
 }

@@ -249,6 +249,68 @@ def test_the_bases_are_written_once(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layers", [1, [0], []])
+def test_layers_are_chosen_by_number(layers, tmp_path):
+    model = theirs("llama", 4, layers_to_transform=layers)
+    model.save_pretrained(tmp_path)
+    ours = randlora.peft.load_adapter(MODELS["llama"][0](), tmp_path)
+    assert len(adapted(ours)) == (8 if layers == [] else 4)
+    assert close(outputs("llama", ours), outputs("llama", model))
+    last = next(n for n in adapted_modules(ours) if n.endswith("down_proj"))
+    edit(tmp_path, lambda c, t: [t.pop(n) for n in list(t) if f"{last}.randlora_" in n])
+    with pytest.raises(MismatchError, match=f"has {last} in the model, but the folder has nothing"):
+        randlora.peft.load_adapter(MODELS["llama"][0](), tmp_path)
+
+
+@torch.no_grad()
+def test_a_model_in_low_precision(tmp_path):
+    """PEFT computes updates in float32 there; here they are rounded with the weight."""
+    model = theirs("mlp", 4, randlora_alpha=1).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    ours = randlora.peft.load_adapter(mlp().bfloat16(), tmp_path)
+    x = MODELS["mlp"][1]["x"].bfloat16()
+    want = model(x).float()
+    assert (ours(x).float() - want).norm() <= 4 * 2**-8 * want.norm()  # four layers
+
+
+def test_a_module_of_two_names_is_refused(tmp_path):
+    def shared():
+        model = mlp()
+        model.again = model.square
+        return model
+
+    theirs("mlp", 4).save_pretrained(tmp_path)
+    with pytest.raises(MismatchError, match=r"'square' is one module with \['again'\]"):
+        randlora.peft.load_adapter(shared(), tmp_path)
+    with pytest.raises(ValueError, match=r"each by one name.*\['square', 'again'\]"):
+        randlora.peft.save_adapter(inject(shared(), 4, basis="peft"), tmp_path / "ours")
+    with pytest.raises(ValueError, match="must have its layers beneath it"):
+        randlora.peft.save_adapter(inject(nn.Linear(4, 4), 2, basis="peft"), tmp_path / "ours")
+
+
+@torch.no_grad()
+def test_modules_trained_in_full_are_those_whose_names_end_so(tmp_path):
+    def build():
+        model = mlp()
+        model.lm_head = nn.Sequential(nn.Linear(2, 2))
+        return model
+
+    config = peft.RandLoraConfig(r=4, target_modules=["tall"], modules_to_save=["head"])
+    model = peft.get_peft_model(build(), config)
+    model.save_pretrained(tmp_path)
+    ours = randlora.peft.load_adapter(build(), tmp_path)
+    assert ours.lm_head[0].weight.requires_grad
+    assert ours.head.weight.requires_grad
+
+
+@pytest.mark.parametrize(("alpha", "rank"), [(7, 25), (1, 49), (640, 32), (2.5, 4)])
+def test_alpha_comes_back_as_it_was(alpha, rank, tmp_path):
+    model = inject(nn.Sequential(nn.Linear(50, 60)), rank, alpha=alpha, basis="peft")
+    randlora.peft.save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["randlora_alpha"] == alpha
+
+
+@torch.no_grad()
 def test_a_model_loaded_so_is_loaded_into_again_and_as_one_of_several(tmp_path):
     model = theirs("gpt2", 5)
     model.save_pretrained(tmp_path)
@@ -396,8 +458,20 @@ TAMPERED = {
     "other shapes": (MismatchError, lambda c, t: t.update({TALL + "gamma": torch.ones(3, 9)})),
     "transposed": (MismatchError, lambda c, t: t.update({TALL + "lambda": torch.ones(3, 4)})),
     "several bases": (FileError, lambda c, t: t[TALL + "B"].add_(1)),
+    "one base": (FileError, lambda c, t: [t.pop(n) for n in list(t) if n.endswith("_B")]),
+    "no bases": (FileError, lambda c, t: [t.pop(n) for n in list(t) if n[-2:] in ("_A", "_B")]),
+    "bases of any size": (
+        FileError,
+        lambda c, t: t.update(
+            {
+                n: torch.ones(10**9, 0) if n[-1] == "B" else torch.ones(4, 1, 10**5)
+                for n in t
+                if n[-2:] in ("_A", "_B")
+            }
+        ),
+    ),
     "bases too small": (
-        (FileError, ValueError),
+        FileError,
         lambda c, t: t.update({n: v[:20].clone() for n, v in t.items() if n.endswith("_B")}),
     ),
     "bases of another rank": (
@@ -479,7 +553,7 @@ def test_several_alphas_are_not_written(tmp_path):
     model = inject(mlp(), 4, basis="peft")
     update = model.tall._randlora.current["weight"]
     update.settings = replace(update.settings, scaling=2.0)
-    with pytest.raises(ValueError, match="one alpha and one dropout"):
+    with pytest.raises(ValueError, match="one scaling and one dropout"):
         randlora.peft.save_adapter(model, tmp_path)
 
 
