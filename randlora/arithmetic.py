@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from randlora.adapted import Adaptation, adapted_modules
 from randlora.adapters import Adapter, check_adapter_name, weight_name
-from randlora.injection import Place, adapt
+from randlora.injection import adapt
 from randlora.merging import check_weights
+from randlora.targets import Place
 
 __all__ = ["add_weighted_adapter"]
 

@@ -1,37 +1,6 @@
-"""The shared random bases: the only owner of randomness in the package.
+"""``BasisBank``: the shared random bases of a model, as a recipe, and the stores that hold them.
 
-Format, version 1 (the golden hashes in the tests pin it). Row ``i`` of a base is the stream of one
-Philox4x64-10 generator with
-
-    key     = (seed, version << 32 | base << 16 | distribution)    base: 0 for A, 1 for B
-    counter = (0, i, 0, 0)
-
-read from the low bits of each 64-bit word upwards, one field for each column:
-
-    uniform   32 bits   u >> 8 = k        (2k + 1 - 2^24) / 2^24 · √3
-    normal    16 bits   u      = k        the midpoint quantile Φ⁻¹((k + 1/2) / 2^16), normalised
-    binary     1 bit    u                 2u - 1
-    ternary   32 bits   t = ⌊2^32 / s⌋    +1 if u < t, -1 if t ≤ u < 2t, else 0; times √(2^31 / t)
-
-All have zero mean and unit variance by construction, not by a sample's statistics. So an entry is
-a function of (version, seed, kind, sparsity, row, column) alone: the leading block of a larger base
-is the smaller base, whatever is adapted, in which order, on which device and in which dtype.
-
-**Pivots.** A small or very sparse draw of ±1 and 0 may well be singular (half of all 2 × 2 sign
-matrices are), and then ΔW is not of full rank. So the first diagonal entries of a sign base are not
-left to chance: going down the diagonal, an entry that makes the leading minor of that order zero
-(modulo the prime 524287) is changed, a 0 to 1 and a ±1 to its opposite. The minor is an affine
-function of that entry with the previous minor as its slope, so it is then not zero. Hence every
-block ``B[:q, :m]`` with ``min(q, m)`` up to :func:`pivots` has full rank with certainty, and larger
-ones all but surely. The rule looks at nothing but the leading block, so prefixes stay prefixes.
-
-``A`` is dense and continuous whatever the kind: a zero column of ``A`` is a zero column of ΔW.
-
-**Factors.** An isometric base is no stream of entries, but two factors whose sizes follow from its
-own (:mod:`randlora.isometry`): there are no prefixes, and layers of one shape share their ``B``, or
-of several whose factors have one shape a factor. Row ``i`` of factor ``f`` (1 or 2), ``R × C``, is
-the normal stream at counter ``(0, i, R << 32 | C, f)``, orthonormalised in float64 by operations
-whose rounding IEEE 754 defines. So it is a function of (version, seed, ``f``, ``R``, ``C``) alone.
+What an entry is, :mod:`randlora.streams` defines.
 """
 
 from __future__ import annotations
@@ -39,14 +8,10 @@ from __future__ import annotations
 import hashlib
 import math
 import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import lru_cache
-from statistics import NormalDist
+from collections.abc import Iterable
 from typing import Any, Final, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -60,175 +25,20 @@ from randlora.operators import (
     SignOperator,
     gather_costs,
 )
+from randlora.streams import (
+    BASE_A,
+    BASE_B,
+    FACTORS,
+    KINDS,
+    draw_rows,
+    pivots,
+    refuse_too_sparse,
+    set_pivots,
+)
 
-__all__ = ["KINDS", "BasisBank", "Store"]
+__all__ = ["BasisBank", "Store"]
 
-FORMAT_VERSION: Final = 1
-_PRIME: Final = 524287  # 2^19 - 1: a sum of 2^14 products of residues is exact in float64
 _ROWS: Final = 256  # rows drawn at a time: bounds the transient memory
-_BASE_A: Final = 0
-_BASE_B: Final = 1
-
-Words = npt.NDArray[np.uint64]
-Values = npt.NDArray[Any]
-
-
-# --- distributions: raw bits to entries ----------------------------------------------------------
-
-
-def _uniform(words: Words, _: float) -> Values:
-    # 2k + 1 - 2^24 is an odd integer of 24 bits: exact in float32, symmetric, never zero.
-    k = (_fields(words, "<u4") >> 8).astype(np.int32)
-    return (2 * k + (1 - 2**24)).astype(np.float32) * np.float32(math.sqrt(3.0) / 2**24)
-
-
-def _normal(words: Words, _: float) -> Values:
-    return np.take(_normal_quantiles(), _fields(words, "<u2"))
-
-
-def _binary(words: Words, _: float) -> Values:
-    bits = np.unpackbits(_fields(words, "u1"), axis=-1, bitorder="little")
-    return 2 * bits.astype(np.int8) - 1
-
-
-def _ternary(words: Words, sparsity: float) -> Values:
-    u = _fields(words, "<u4")
-    t = np.uint32(_threshold(sparsity))
-    return (u < t).astype(np.int8) - (u - t < t).astype(np.int8)  # u - t wraps around, as it should
-
-
-def _fields(words: Words, dtype: str) -> npt.NDArray[Any]:
-    fields: npt.NDArray[Any] = words.astype("<u8", copy=False).view(dtype)
-    return fields
-
-
-def _threshold(sparsity: float) -> int:
-    return math.floor(2**32 / sparsity)
-
-
-@lru_cache(maxsize=1)
-def _normal_quantiles() -> npt.NDArray[np.float32]:
-    """The 2^16 midpoint quantiles of N(0, 1), scaled to a mean square of one.
-
-    A table, and not Box-Muller, because its 2^15 values are rounded to float32 once: a last-digit
-    difference between two platforms' logarithms does not reach the entries.
-    """
-    normal = NormalDist()
-    upper = [normal.inv_cdf(0.5 + (k + 0.5) / 2**16) for k in range(2**15)]
-    rms = math.sqrt(math.fsum(z * z for z in upper) / 2**15)
-    half = np.array([z / rms for z in upper], dtype=np.float32)
-    return np.concatenate([-half[::-1], half])
-
-
-@dataclass(frozen=True)
-class _Distribution:
-    """How the entries of a base are drawn: ``code`` names it in the stream's key."""
-
-    code: int
-    bits: int
-    decode: Callable[[Words, float], Values]
-    signs: bool
-
-    def scale(self, sparsity: float) -> float:
-        """The magnitude of a sign entry, as the float32 number that an entry is; 1 otherwise."""
-        if self.decode is not _ternary:
-            return 1.0
-        return float(np.float32(math.sqrt(2**31 / _threshold(sparsity))))
-
-
-_UNIFORM = _Distribution(0, 32, _uniform, signs=False)
-_NORMAL = _Distribution(1, 16, _normal, signs=False)
-_BINARY = _Distribution(2, 1, _binary, signs=True)
-_TERNARY = _Distribution(3, 32, _ternary, signs=True)
-_FACTORS = _Distribution(4, 16, _normal, signs=False)  # before they are orthonormalised
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """A name users know: what ``B`` and ``A`` are drawn from, and the sparsity if none is given."""
-
-    b: _Distribution
-    a: _Distribution = _UNIFORM
-    sparsity: float | None = None
-
-
-KINDS: Final[dict[str, _Kind]] = {
-    "dense": _Kind(_UNIFORM),
-    "normal": _Kind(_NORMAL, a=_NORMAL),
-    "binary": _Kind(_BINARY),
-    "sparse": _Kind(_TERNARY, sparsity=6.0),
-    # √q of the largest target: `inject` knows it and says so; a bank made by hand assumes q = 1024.
-    "very_sparse": _Kind(_TERNARY, sparsity=32.0),
-    "isometric": _Kind(_FACTORS),
-}
-
-
-def _draw(
-    base: int,
-    law: _Distribution,
-    seed: int,
-    sparsity: float,
-    rows: range,
-    columns: int,
-    place: tuple[int, int] = (0, 0),
-) -> Values:
-    """Entries of the given rows, shape ``(len(rows), columns)``, before the pivots."""
-    words = -(-columns * law.bits // 64)
-    raw = np.empty((len(rows), words), dtype=np.uint64)
-    key = np.array([seed, FORMAT_VERSION << 32 | base << 16 | law.code], dtype=np.uint64)
-    for slot, row in enumerate(rows):
-        counter = np.array([0, row, *place], dtype=np.uint64)
-        raw[slot] = np.random.Philox(key=key, counter=counter).random_raw(words)
-    return law.decode(raw, sparsity)[:, :columns]
-
-
-def pivots(sparsity: float) -> int:
-    """How far down the diagonal of a sign base the minors are made sure of.
-
-    A draw is singular mostly for an empty column, or, if nearly dense, for two equal ones. For
-    order ``k`` the first has a probability of about ``k (1 - 2/s)^k``, below ``2e-13 s`` from
-    ``16 s`` on; the second ``k² 2^-k``, below ``3e-16`` from 64 on. The work grows with the cube,
-    so it ends at 2048, which is ``16 s`` for ``s = 128 = √16384``; what lies beyond is guarded by
-    :func:`_refuse_too_sparse`.
-    """
-    return min(max(64, math.ceil(16 * sparsity)), 2048)
-
-
-def _refuse_too_sparse(q: int, m: int, sparsity: float) -> None:
-    """Raise if a block beyond the pivots may well have an empty column (row, where m > q)."""
-    short, long = sorted((q, m))
-    empty = short * (1 - 2 / sparsity) ** long
-    if short > pivots(sparsity) and empty > 1e-6:
-        raise ValueError(
-            f"sparsity must be smaller for bases of full rank of {q} x {m}: with {sparsity:g}, "
-            f"{empty:.1g} columns are expected to be empty"
-        )
-
-
-def _set_pivots(signs: npt.NDArray[np.int8]) -> None:
-    """Change diagonal entries of a square block in place until no leading minor is zero.
-
-    Gaussian elimination without row exchanges modulo a prime, in blocks so that most of the work is
-    one matrix product: where a pivot is zero, adding ``δ`` to the entry adds ``δ`` to the pivot.
-    """
-    size, width = len(signs), 64
-    s = signs.astype(np.float64)
-    for lo in range(0, size, width):
-        hi = min(lo + width, size)
-        for k in range(lo, hi):
-            if s[k, k] % _PRIME == 0:
-                new = -signs[k, k] if signs[k, k] else 1
-                s[k, k] += new - signs[k, k]
-                signs[k, k] = new
-            inverse = pow(int(s[k, k]) % _PRIME, -1, _PRIME)
-            s[k + 1 :, k] = s[k + 1 :, k] * inverse % _PRIME
-            column = s[k + 1 :, k : k + 1]
-            s[k + 1 :, k + 1 : hi] = (s[k + 1 :, k + 1 : hi] - column * s[k, k + 1 : hi]) % _PRIME
-            s[k + 1 : hi, hi:] = (s[k + 1 : hi, hi:] - column[: hi - k - 1] * s[k, hi:]) % _PRIME
-        s[hi:, hi:] = (s[hi:, hi:] - s[hi:, lo:hi] @ s[lo:hi, hi:]) % _PRIME
-
-
-# --- the bank ------------------------------------------------------------------------------------
 
 
 class BasisBank:
@@ -306,7 +116,7 @@ class BasisBank:
     # shape: -> (r, p)
     def a(self, r: int, p: int) -> Tensor:
         """The shared base ``A`` as a new float32 tensor of shape ``(r, p)`` on the CPU."""
-        return self.draw(_BASE_A, _size(r=r, p=p), torch.device("cpu"), torch.float32)
+        return self.draw(BASE_A, _size(r=r, p=p), torch.device("cpu"), torch.float32)
 
     # shape: -> (q, m)
     def b(self, q: int, m: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -319,7 +129,7 @@ class BasisBank:
             (left, right), (q, m) = self.factors(*size), size
             product = np.kron(left.numpy(), right.numpy())[:q, :m]
             return torch.from_numpy(product * math.sqrt(len(left) * len(right))).to(dtype)
-        entries = self.draw(_BASE_B, size, torch.device("cpu"), torch.float32)
+        entries = self.draw(BASE_B, size, torch.device("cpu"), torch.float32)
         return (entries.float().mul_(self.scale) if self.signs else entries).to(dtype)
 
     # shape: -> (q1, m1), (q2, m2)
@@ -333,10 +143,11 @@ class BasisBank:
             raise ValueError(
                 f"kind must be 'isometric' to have factors, this bank is {self.kind!r}"
             )
-        law = KINDS[self.kind].b
         one, other = (
             orthonormal(
-                _draw(_BASE_B, law, self.seed, 0.0, range(rows), columns, (rows << 32 | columns, f))
+                draw_rows(
+                    BASE_B, FACTORS, self.seed, 0.0, range(rows), columns, (rows << 32 | columns, f)
+                )
             )
             for f, (rows, columns) in enumerate(factor_shapes(*_size(q=q, m=m)), start=1)
         )
@@ -352,7 +163,7 @@ class BasisBank:
     @property
     def factored(self) -> bool:
         """Whether ``B`` is a Kronecker product of two factors."""
-        return KINDS[self.kind].b is _FACTORS
+        return KINDS[self.kind].b is FACTORS
 
     @property
     def signs(self) -> bool:
@@ -382,7 +193,7 @@ class BasisBank:
         """
         sizes = [_size(r=r, p=p), _size(q=q, m=m)]
         if self.sparsity is not None:
-            _refuse_too_sparse(q, m, self.sparsity)
+            refuse_too_sparse(q, m, self.sparsity)
         self.sizes = [_larger(*pair) for pair in zip(self.sizes, sizes, strict=True)]
 
     @property
@@ -411,7 +222,7 @@ class BasisBank:
             blocks += [factor for size in sorted(of_b) for factor in self.factors(*size)]
         else:
             cpu = torch.device("cpu")
-            blocks += [self.draw(_BASE_B, s, cpu, torch.float32) for s in _outermost(of_b)]
+            blocks += [self.draw(BASE_B, s, cpu, torch.float32) for s in _outermost(of_b)]
         for block in blocks:
             digest.update(f"{tuple(block.shape)}".encode())
             digest.update(block.numpy().astype(block.numpy().dtype.newbyteorder("<")).tobytes())
@@ -429,17 +240,17 @@ class BasisBank:
     ) -> Tensor:
         """A new base, 0 for ``A`` and 1 for ``B``, in ``dtype`` or, for signs, in int8."""
         kind, sparsity = KINDS[self.kind], self.sparsity or 2.0
-        law = kind.b if base == _BASE_B else kind.a
+        law = kind.b if base == BASE_B else kind.a
         rows, columns = size
         out = torch.empty(size, device=device, dtype=torch.int8 if law.signs else dtype)
         for lo in range(0, rows, _ROWS):
             part = range(lo, min(lo + _ROWS, rows))
-            entries = _draw(base, law, self.seed, sparsity, part, columns)
+            entries = draw_rows(base, law, self.seed, sparsity, part, columns)
             out[lo : part.stop].copy_(torch.from_numpy(entries))
         if law.signs:
             corner = out[: pivots(sparsity), : pivots(sparsity)]
             corner = corner[: corner.shape[1], : corner.shape[0]].cpu()
-            _set_pivots(corner.numpy())
+            set_pivots(corner.numpy())
             out[: len(corner), : len(corner)].copy_(corner)
         return out
 
@@ -482,7 +293,7 @@ class Store:
         cannot draw.
         """
         bank = self.bank
-        a = self._hold(_BASE_A, r, p)
+        a = self._hold(BASE_A, r, p)
         # Gathering was measured on CPUs; elsewhere products are dense. It is to win clearly.
         costs = gather_costs(bank.density, m, self.dtype)
         gathers = self.device.type == "cpu" and sum(costs) < 1000
@@ -492,18 +303,18 @@ class Store:
                 with torch.inference_mode(False):
                     self.shaped[q, m] = self._shaped(q, m)
             return a, self.shaped[q, m]
-        b = self._hold(_BASE_B, q, m)
+        b = self._hold(BASE_B, q, m)
         return a, SignOperator(b, bank.scale) if bank.signs else DenseOperator(b)
 
     def _shaped(self, q: int, m: int) -> GatherOperator | KroneckerOperator:
         if self.bank.factored:
             left, right = (r.to(self.device, self.dtype) for r in self.bank.factors(q, m))
             return KroneckerOperator(left, right, (q, m))
-        signs = self.bank.draw(_BASE_B, (q, m), self.device, self.dtype)
+        signs = self.bank.draw(BASE_B, (q, m), self.device, self.dtype)
         return GatherOperator(signs, self.bank.scale, self.dtype)
 
     def _hold(self, base: int, rows: int, columns: int) -> Tensor:
-        by_width = base == _BASE_B and not self.bank.prefixes
+        by_width = base == BASE_B and not self.bank.prefixes
         key = base, columns if by_width else 0
         held = self.tensors.get(key)
         if held is None or held.shape[0] < rows or held.shape[1] < columns:

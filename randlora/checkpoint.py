@@ -3,8 +3,8 @@
 A file holds one tensor for each adapted weight, ``Λ`` and ``Γ`` side by side, ``(n, r + p)``, what
 ``modules_to_save`` were trained to, and a header: the format, the choices made for each weight, the
 recipe and a digest of each bank, and a checksum of all of it. The bases are drawn anew, which the
-contract of :mod:`randlora.bases` makes reproducible, and compared with their digest. A few entries
-of each frozen weight tell another base model.
+contract of :mod:`randlora.streams` makes reproducible, and compared with their digest. A few
+entries of each frozen weight tell another base model.
 
 Reading executes no code (safetensors, or ``torch.load`` with ``weights_only``), and a model is
 changed only after everything was checked.
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from randlora._checks import as_positive_int, as_real
 from randlora.adapted import adapted_modules
 from randlora.adapters import DEFAULT, Settings, Site, check_adapter_name
-from randlora.bases import FORMAT_VERSION, BasisBank
+from randlora.bases import BasisBank
 from randlora.contents import (
     BASE,
     BASES,
@@ -50,6 +50,7 @@ from randlora.contents import (
     saved_state,
 )
 from randlora.peft_bases import PEFT_KINDS, PeftBank
+from randlora.streams import FORMAT_VERSION
 
 __all__ = [
     "BaseModelError",

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from randlora.adapted import Adapted, adapted_modules
 from randlora.adapters import Settings, Site, check_adapter_name
-from randlora.bases import FORMAT_VERSION, BasisBank
+from randlora.bases import BasisBank
 from randlora.handlers import parameter_site
-from randlora.injection import SAVED, Place, adapt, untrainable
+from randlora.injection import adapt, untrainable
 from randlora.peft_bases import PeftBank
+from randlora.streams import FORMAT_VERSION
+from randlora.targets import SAVED, Place
 
 __all__ = [
     "BASE",

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from randlora.adapted import adapted_modules, delta
 from randlora.adapters import Adapter, weight_name
 from randlora.bases import BasisBank
-from randlora.injection import left_out
 from randlora.layers import RandLoRALinear
 from randlora.planning import Plan
+from randlora.targets import left_out
 
 __all__ = [
     "LayerRank",

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from randlora._checks import as_positive_int, as_scaling
@@ -21,37 +19,27 @@ from randlora.adapters import (
     check_adapter_name,
     weight_name,
 )
-from randlora.bases import KINDS, BasisBank
-from randlora.handlers import handler_of, parameter_site, sites_of
-from randlora.patterns import (
-    NAME,
-    Names,
-    Parameter,
-    Pattern,
-    Target,
-    beneath,
-    is_predicate,
-    matches,
-    selected,
-)
+from randlora.bases import BasisBank
+from randlora.handlers import handler_of
+from randlora.patterns import Names, Pattern, Target, beneath, matches, selected
 from randlora.peft_bases import PEFT_KINDS, PeftBank
+from randlora.streams import KINDS
+from randlora.targets import (
+    SAVED,
+    Place,
+    check_targets,
+    chosen_weights,
+    device_of,
+    further_parameters,
+    names_of,
+    output_heads,
+    parameter_names,
+    supported_layers,
+)
 
-__all__ = [
-    "SAVED",
-    "Place",
-    "adapt",
-    "adapter_parameters",
-    "inject",
-    "left_out",
-    "train",
-    "untrainable",
-]
+__all__ = ["adapt", "adapter_parameters", "inject", "train", "untrainable"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-
-_HEADS = {"classifier", "embed_out", "fc", "head", "heads", "lm_head", "logits", "score"}
-_OURS = "randlora_lambda", "randlora_gamma"
-SAVED = "randlora_saved"  # set on the modules that `modules_to_save` named
 
 
 def inject(
@@ -129,7 +117,7 @@ def inject(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     check_adapter_name(adapter)
-    names = _names(model)
+    names = names_of(model)
     banks: list[BasisBank] = []
     for module, aliases in names.items():
         if isinstance(module, Adapted):
@@ -146,8 +134,8 @@ def inject(
                 "has none before it is run; run the model once"
             )
 
-    supported = _supported(names)
-    heads = _output_heads(model, names, supported)
+    supported = supported_layers(names)
+    heads = output_heads(model, names, supported)
     saved = selected("modules_to_save", modules_to_save, names)
     for module in saved:
         if isinstance(module, Adapted):
@@ -159,9 +147,9 @@ def inject(
                 f"modules_to_save must be trainable, but {names[module][0]!r} has {reason}"
             )
     saved |= {module for module in names if SAVED in vars(module)}  # by an adapter before
-    targets = _targets(names, supported, heads, target_modules, exclude_modules, saved)
-    targets += _further(names, targets, target_parameters, exclude_modules, saved)
-    _check_targets(names, supported, heads, targets)
+    targets = chosen_weights(names, supported, heads, target_modules, exclude_modules, saved)
+    targets += further_parameters(names, targets, target_parameters, exclude_modules, saved)
+    check_targets(names, supported, heads, targets)
     usual = [site for m, sites in supported.items() if m not in heads for site in sites]
     bank = _bank(basis, seed, rank, usual, [target.site for target in targets], banks)
     settings = _settings(names, targets, rank, alpha, dropout, num_bases, bank.lowers_rank)
@@ -179,7 +167,7 @@ def adapt(
     freeze: bool = True,
 ) -> ModelT:
     """Give a model an adapter of one more name, or raise and leave it as it was."""
-    names, active = _names(model), adapter
+    names, active = names_of(model), adapter
     for module in names:
         if isinstance(module, Adapted):
             active = module._randlora.active
@@ -193,7 +181,7 @@ def adapt(
                     "would need"
                 )
         bank.reserve(*update.sizes)
-        made.setdefault(module, {})[update] = update.make_parameters(_device(module))
+        made.setdefault(module, {})[update] = update.make_parameters(device_of(module))
     classes = {module: _class(module, ours) for module, ours in made.items()}
     for module, ours in made.items():  # all have reserved their sizes
         for update in ours:
@@ -253,166 +241,6 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(trained)
 
 
-def left_out(model: nn.Module) -> dict[str, str]:
-    """The layers of a kind that is adapted that are not, and why, by name."""
-    names = _names(model)
-    supported = _supported(names)
-    why: dict[nn.Module, str] = dict.fromkeys(supported, "not a target")
-    why |= _output_heads(model, names, supported)
-    for module in names:
-        sites = sites_of(module)
-        if isinstance(sites, str) and not isinstance(handler_of(module), str):
-            why[module] = sites
-    return {
-        names[module][0]: why[module]
-        for module in names
-        if module in why and not isinstance(module, Adapted) and SAVED not in vars(module)
-    }
-
-
-# --- collecting: nothing below changes a model ---------------------------------------------------
-
-
-class Place(NamedTuple):
-    """A weight of a model: which module's, and which."""
-
-    module: nn.Module
-    site: Site
-
-
-def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Each module once, with every dotted name it can be reached by."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-    return names
-
-
-def _parameter_names(names: Names) -> dict[Parameter, list[str]]:
-    """Each parameter by its module and its name there, with every dotted name."""
-    return {
-        (module, name): [f"{alias}.{name}" if alias else name for alias in aliases]
-        for module, aliases in names.items()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and not name.endswith(_OURS)
-    }
-
-
-def _supported(names: Names) -> dict[nn.Module, list[Site]]:
-    """The modules that are adapted unless something is said against it, with their weights."""
-    supported = {}
-    for module in names:
-        handler, sites = handler_of(module), sites_of(module)
-        if isinstance(sites, list) and not isinstance(handler, str) and handler.default:
-            supported[module] = sites
-    return supported
-
-
-def _output_heads(
-    model: nn.Module, names: Names, supported: Mapping[nn.Module, Any]
-) -> dict[nn.Module, str]:
-    """The layers that map to the outputs, and what says so: the model, a tied weight, a name."""
-    heads: dict[nn.Module, str] = {}
-    if supported:
-        last = list(supported)[-1]
-        parts = [name.split(".") for name in names[last]]
-        if called := _HEADS & {end for part in parts for end in (part[0], part[-1])}:
-            heads[last] = f"output head: the last layer, called {min(called)!r}"
-    embeddings = {id(m._parameters.get("weight")) for m in names if isinstance(m, nn.Embedding)}
-    for module in supported:
-        weight = module._parameters.get("weight")
-        if weight is not None and id(weight) in embeddings:
-            heads[module] = "output head: its weight is an embedding's too"
-    ask = getattr(model, "get_output_embeddings", None)
-    if callable(ask):
-        with suppress(AttributeError, NotImplementedError):  # a transformers model without a head
-            head = ask()
-            if isinstance(head, nn.Module) and head in supported:
-                heads[head] = "output head: the model says so"
-    return heads
-
-
-def _targets(
-    names: Names,
-    supported: Mapping[nn.Module, list[Site]],
-    heads: Mapping[nn.Module, str],
-    target: Target | None,
-    exclude: Target | None,
-    saved: set[nn.Module],
-) -> list[Place]:
-    """The weights to adapt, in the order of the model."""
-    chosen: set[nn.Module]
-    sites = dict(supported)
-    if target is None:
-        chosen = {m for m in supported if m not in heads}
-    elif is_predicate(target):
-        chosen = {m for m in supported if any(target(name, m) for name in names[m])}
-    else:
-        hits = matches("target_modules", target, names)
-        for pattern, modules in hits.items():
-            _refuse_unsupported(pattern, modules, names)
-        named = set().union(*hits.values())
-        for module in named - set(supported):  # embeddings, where they are meant themselves
-            if isinstance(found := sites_of(module), list):
-                sites[module] = found
-        chosen = beneath(named) & set(sites)
-    chosen -= selected("exclude_modules", exclude, names) | saved
-    return [Place(m, site) for m in names if m in chosen for site in sites[m]]
-
-
-def _further(
-    names: Names,
-    targets: list[Place],
-    patterns: Pattern | Iterable[Pattern] | None,
-    exclude: Target | None,
-    saved: set[nn.Module],
-) -> list[Place]:
-    """The parameters to adapt that ``target_parameters`` names."""
-    further: dict[Place, None] = {}
-    if patterns is None:
-        return []
-    out = selected("exclude_modules", exclude, names) | saved
-    known = _parameter_names(names)
-    for pattern, parameters in matches("target_parameters", patterns, known).items():
-        for module, name in parameters:
-            site = parameter_site(module, name)
-            if isinstance(site, str):
-                raise TypeError(
-                    f"target_parameters={pattern!r} matches {known[module, name][0]!r}, but {site}"
-                )
-            if module not in out and Place(module, site) not in targets:
-                further[Place(module, site)] = None
-    return list(further)
-
-
-def _check_targets(
-    names: Names,
-    supported: Mapping[nn.Module, Any],
-    heads: Mapping[nn.Module, str],
-    targets: list[Place],
-) -> None:
-    if not targets:
-        known = ", ".join(repr(names[m][0]) + " (output head)" * (m in heads) for m in supported)
-        raise ValueError(
-            "target_modules, less exclude_modules and modules_to_save, must leave a layer to "
-            f"adapt, but leave none; layers of the model that can be adapted: {known or 'none'}"
-        )
-    for module, site in targets:
-        weight = module._parameters.get(site.parameter)
-        if _device(module).type == "meta" if site.opaque or weight is None else weight.is_meta:
-            raise ValueError(
-                f"model must have real weights, but {names[module][0]!r} is on the meta device; "
-                "materialise the model first"
-            )
-
-
-def _device(module: nn.Module) -> torch.device:
-    """Where a module is: where its first tensor is that says so."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
 def _class(module: nn.Module, updates: Iterable[Adapter]) -> Any:
     """What the module's class becomes."""
     names = frozenset(update.site.parameter for update in updates if not update.site.opaque)
@@ -468,7 +296,7 @@ def _ranks(
     table = {
         pattern: as_positive_int(f"rank[{pattern!r}]", value) for pattern, value in rank.items()
     }
-    hits = matches("rank", table, {**names, **_parameter_names(names)})
+    hits = matches("rank", table, {**names, **parameter_names(names)})
     covered = {}
     for pattern, found in hits.items():
         modules = beneath(m for m in found if isinstance(m, nn.Module))
@@ -518,26 +346,3 @@ def _bank(
             sparsity = max(2.0, math.sqrt(max(site.q for site in usual or targets)))
         bank = BasisBank(basis, seed=seed, sparsity=sparsity)
     return next((other for other in known if other.same_recipe(bank)), bank)
-
-
-def _refuse_unsupported(pattern: Pattern, hits: set[nn.Module], names: Names) -> None:
-    """Raise if a target pattern selects no supported layer, or names an unsupported one itself.
-
-    A container with supported layers beneath it may well hold a parameter of its own, say an
-    embedding of positions; a layer of torch's that holds one is a layer.
-    """
-
-    def empty(modules: Iterable[nn.Module]) -> bool:
-        return all(isinstance(sites_of(m), str) for m in beneath(modules))
-
-    nothing = empty(hits)
-    by_name = isinstance(pattern, str) and NAME.fullmatch(pattern)
-    for module in names:
-        reason = sites_of(module) if module in hits else None
-        layer = any(True for _ in module.parameters(recurse=False)) and (
-            empty([module]) or type(module).__module__.startswith("torch.")
-        )
-        if isinstance(reason, str) and (nothing or (by_name and layer)):
-            raise TypeError(
-                f"target_modules={pattern!r} matches {names[module][0]!r}, but {reason}"
-            )

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from randlora._checks import as_real
 from randlora.adapted import adapted_modules, fold, plain_class, remove, uninstall, weighted
 from randlora.adapters import check_adapter_name, weight_name
-from randlora.injection import SAVED, train
+from randlora.injection import train
+from randlora.targets import SAVED
 
 __all__ = [
     "check_weights",

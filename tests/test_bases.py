@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from randlora import BasisBank
-from randlora.bases import _PRIME, KINDS, pivots
+from randlora.streams import KINDS, PRIME, pivots
 from tests import cases
 
 CPU = torch.device("cpu")
@@ -129,13 +129,13 @@ def test_leading_minors_are_not_zero(bank, size):
         return
     minors = bank.b(size, size).sign().to(torch.int64).tolist()
     for k in range(size):
-        pivot = minors[k][k] % _PRIME
+        pivot = minors[k][k] % PRIME
         assert pivot != 0
-        inverse = pow(pivot, -1, _PRIME)
+        inverse = pow(pivot, -1, PRIME)
         for i in range(k + 1, size):
-            factor = minors[i][k] * inverse % _PRIME
+            factor = minors[i][k] * inverse % PRIME
             row, top = minors[i], minors[k]
-            minors[i] = [(v - factor * u) % _PRIME for v, u in zip(row, top, strict=True)]
+            minors[i] = [(v - factor * u) % PRIME for v, u in zip(row, top, strict=True)]
 
 
 @pytest.mark.parametrize("sparsity", [2.0, 6.0, 20.0])
@@ -150,7 +150,7 @@ def test_the_rule_reaches_as_far_as_it_says(sparsity):
 
 def test_without_the_rule_small_sign_bases_are_singular(monkeypatch):
     """Why the rule is there: half of all 2 x 2 sign matrices are singular."""
-    monkeypatch.setattr("randlora.bases._set_pivots", lambda signs: None)
+    monkeypatch.setattr("randlora.bases.set_pivots", lambda signs: None)
     ranks = [torch.linalg.matrix_rank(BasisBank("binary", seed=s).b(2, 2)) for s in range(100)]
     assert 30 < sum(rank == 1 for rank in ranks) < 70
 
@@ -298,12 +298,12 @@ def test_bases_of_an_8b_model_take_little_memory_and_time(kind, sparsity):
         from randlora import BasisBank
         torch.ones(64, 64) @ torch.ones(64, 64)
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        before, start = peak(), time.perf_counter()
+        before, start = peak(), time.process_time()  # of this process: others may run
         bank = BasisBank({kind!r}, sparsity={sparsity})
         bank.reserve(16, 4096, 14336, 4096)
         store = bank.store(torch.device("cpu"), torch.float32)
         store.operands(16, 4096, 14336, 4096)
-        print(peak() - before, bank.nbytes, time.perf_counter() - start)
+        print(peak() - before, bank.nbytes, time.process_time() - start)
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

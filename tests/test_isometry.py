@@ -9,8 +9,8 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from randlora import BasisBank, RandLoRALinear, rank_report
-from randlora.bases import KINDS, _draw
 from randlora.isometry import factor_shapes, is_isometry, orthonormal
+from randlora.streams import KINDS, draw_rows
 from tests import cases
 
 EPS = np.finfo(np.float64).eps
@@ -121,7 +121,7 @@ def test_factors_are_those_of_the_normal_stream():
     ):
         rows, columns = shape
         place = (rows << 32 | columns, f)
-        drawn = _draw(1, KINDS["isometric"].b, 7, 0.0, range(rows), columns, place)
+        drawn = draw_rows(1, KINDS["isometric"].b, 7, 0.0, range(rows), columns, place)
         q, r = np.linalg.qr(drawn.astype(np.float64))
         assert abs(factor.numpy() - q * np.sign(np.diag(r))).max() < 1e3 * EPS
 

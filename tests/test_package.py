@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "operators": {"products"},
     "planning": set(),
     "isometry": set(),
-    "bases": {"_checks", "isometry", "operators"},
+    "streams": set(),
+    "bases": {"_checks", "isometry", "operators", "streams"},
     "kernel": {"operators", "planning", "products"},
     "functional": {"kernel", "operators", "planning"},
     "adapters": {"_checks", "bases", "operators"},
@@ -35,18 +36,23 @@ MAY_IMPORT = {
     "handlers": {"adapted", "adapters", "functional", "kernel", "layers"},
     "patterns": set(),
     "peft_bases": {"_checks", "bases"},
+    "targets": {"adapted", "adapters", "handlers", "patterns"},
     "injection": {
         *("_checks", "adapted", "adapters", "bases", "handlers", "patterns", "peft_bases"),
+        *("streams", "targets"),
     },
-    "merging": {"_checks", "adapted", "adapters", "injection"},
-    "arithmetic": {"adapted", "adapters", "injection", "merging"},
+    "merging": {"_checks", "adapted", "adapters", "injection", "targets"},
+    "arithmetic": {"adapted", "adapters", "injection", "merging", "targets"},
     "__main__": {"bases", "checkpoint", "contents", "diagnostics", "functional", "operators"},
     "contents": {
         *("__version__", "adapted", "adapters", "bases", "handlers", "injection", "peft_bases"),
+        *("streams", "targets"),
     },
-    "checkpoint": {"_checks", "adapted", "adapters", "bases", "contents", "peft_bases"},
+    "checkpoint": {
+        *("_checks", "adapted", "adapters", "bases", "contents", "peft_bases", "streams"),
+    },
     "peft": {"adapters", "checkpoint", "contents", "handlers", "peft_bases"},
-    "diagnostics": {"adapted", "adapters", "bases", "injection", "layers", "planning"},
+    "diagnostics": {"adapted", "adapters", "bases", "layers", "planning", "targets"},
 }
 
 EXTRAS = {"checkpoint": {"safetensors"}}  # imported where they are needed, with a word if lacking
