@@ -7,10 +7,12 @@ fine-tuning. Every method trains the head. Learning rates are chosen on a valida
 is that of the chosen run on a test split.
 
     python benchmarks/finetune.py [--quick] [--seed N ...] [--rank R] [--basis KIND ...]
-                                  [--out FILE.png]
+                                  [--jobs N] [--out FILE.png]
 
-Several kinds of bases are compared with each other as well; with several seeds the table holds
-means.
+Several kinds of bases are compared with each other as well. With several seeds, each of which
+splits the images, permutes the pixels and pre-trains anew, every method has the one learning rate
+that is best in the mean of the seeds, and the table holds means; differences are taken seed by
+seed.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import matplotlib as mpl
@@ -34,7 +38,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 import randlora
-from randlora.bases import KINDS
+from randlora.streams import KINDS
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -168,6 +172,9 @@ def use_lora(model: VisionTransformer, options: argparse.Namespace) -> None:
         parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, rank))
 
 
+ADAPTER_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+
+
 @dataclass(frozen=True)
 class Method:
     """How a model is prepared, and the learning rates that are tried."""
@@ -179,12 +186,12 @@ class Method:
 def methods(bases: list[str]) -> dict[str, Method]:
     """What is compared; RandLoRA once for each kind of bases."""
     found = {
-        "head only": Method(head_only, (3e-2, 1e-1, 3e-1)),
-        "LoRA": Method(use_lora, (3e-3, 1e-2, 3e-2)),
+        "head only": Method(head_only, (1e-1, 3e-1, 1.0)),
+        "LoRA": Method(use_lora, ADAPTER_RATES),
     }
     for basis in bases:
         name = "RandLoRA" if len(bases) == 1 else f"RandLoRA, {basis}"
-        found[name] = Method(partial(use_randlora, basis=basis), (3e-3, 1e-2, 3e-2))
+        found[name] = Method(partial(use_randlora, basis=basis), ADAPTER_RATES)
     return {**found, "full fine-tuning": Method(full, (1e-3, 3e-3, 1e-2))}
 
 
@@ -198,13 +205,16 @@ def batches(split: Split, steps: int, seed: int) -> Iterator[tuple[Tensor, Tenso
         yield split.images[chosen], split.labels[chosen]
 
 
-def train(model: nn.Module, split: Split, steps: int, rate: float, seed: int, name: str) -> float:
+def train(
+    model: nn.Module, split: Split, steps: int, rate: float, options: argparse.Namespace, name: str
+) -> float:
     """Train in place with AdamW and a cosine schedule; return the seconds."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
     start = time.perf_counter()
-    with tqdm(batches(split, steps, seed), desc=name, total=steps, leave=False) as bar:
+    shown = batches(split, steps, options.seed)
+    with tqdm(shown, desc=name, total=steps, leave=False, disable=options.jobs > 1) as bar:
         for images, labels in bar:
             loss = F.cross_entropy(model(images), labels)
             optimiser.zero_grad()
@@ -237,12 +247,10 @@ def updates(model: VisionTransformer, start: VisionTransformer) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Result:
-    """What one method reached with the learning rate that was best on the validation split."""
+    """What one method reached at one learning rate, from one seed."""
 
-    name: str
     parameters: int
     rate: float
-    edge: bool
     validation: float
     test: float
     seconds: float
@@ -253,30 +261,24 @@ class Result:
 def adapt(
     name: str,
     method: Method,
+    rate: float,
     start: VisionTransformer,
     data: dict[str, Split],
     steps: int,
     options: argparse.Namespace,
 ) -> Result:
-    rates = method.rates[1:2] if options.quick else method.rates
-    runs = []
-    for rate in rates:
-        torch.manual_seed(options.seed)
-        model = copy.deepcopy(start)
-        method.prepare(model, options)
-        progress = f"{name}, learning rate {rate:g}"
-        seconds = train(model, data["train"], steps, rate, options.seed, progress)
-        runs.append((accuracy(model, data["validation"]), -rate, seconds, model))
-    validation, rate, seconds, model = max(runs, key=lambda run: run[:2])
+    torch.manual_seed(options.seed)
+    model = copy.deepcopy(start)
+    method.prepare(model, options)
+    progress = f"{name}, learning rate {rate:g}"
+    seconds = train(model, data["train"], steps, rate, options, progress)
     deltas = updates(model, start)
     # The square layer of the last block stands for the others in the picture.
     last = [d for d in deltas if d.shape[0] == d.shape[1]][-1]
     return Result(
-        name=name,
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        rate=-rate,
-        edge=len(rates) > 1 and -rate in (rates[0], rates[-1]),
-        validation=validation,
+        rate=rate,
+        validation=accuracy(model, data["validation"]),
         test=accuracy(model, data["test"]),
         seconds=seconds,
         ranks=[int(torch.linalg.matrix_rank(delta)) for delta in deltas],
@@ -284,36 +286,102 @@ def adapt(
     )
 
 
+def compare(options: argparse.Namespace) -> dict[str, list[Result]]:
+    """Pre-train one model from ``options.seed``, and adapt it by every method at every rate."""
+    learn, steps = (120, 40) if options.quick else (400, 260)
+    if options.jobs > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // options.jobs))
+    data = load(options.seed)
+    shifted = {name: permuted(split, options.seed) for name, split in data.items()}
+    torch.manual_seed(options.seed)
+    start = VisionTransformer()
+    seconds = train(start, data["train"], learn, 2e-3, options, "pre-training")
+    print(
+        f"seed {options.seed}: pre-trained {sum(p.numel() for p in start.parameters()):,} "
+        f"parameters in {seconds:.0f} s: test accuracy {accuracy(start, data['test']):.3f}, with "
+        f"permuted pixels {accuracy(start, shifted['test']):.3f}",
+        flush=True,
+    )
+    results = {}
+    for name, method in methods(options.bases).items():
+        rates = method.rates[len(method.rates) // 2 :][:1] if options.quick else method.rates
+        results[name] = [
+            adapt(name, method, rate, start, shifted, steps, options) for rate in rates
+        ]
+    lora = results["LoRA"][0].parameters
+    for name, (result, *_) in results.items():
+        if "RandLoRA" in name and abs(lora / result.parameters - 1) > 0.05:
+            raise SystemExit(
+                f"LoRA trains {lora / result.parameters:.2f} times what {name} does: no comparison"
+            )
+    return results
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The runs of one method, a seed each, at the rate that is best on validation in the mean."""
+
+    name: str
+    runs: tuple[Result, ...]
+    edge: bool  # whether the rate is the least or the largest that was tried
+
+    def mean(self, field: str) -> float:
+        return statistics.fmean(getattr(run, field) for run in self.runs)
+
+
+def choose(name: str, seeds: list[list[Result]]) -> Chosen:
+    """Of the results at each rate, for each seed; of equal rates the lower one."""
+    at_rates = list(zip(*seeds, strict=True))
+    means = [statistics.fmean(run.validation for run in runs) for runs in at_rates]
+    best = means.index(max(means))
+    return Chosen(name, at_rates[best], len(means) > 1 and best in (0, len(means) - 1))
+
+
 # --- report --------------------------------------------------------------------------------------
 
 
-def span(ranks: list[int]) -> str:
-    return str(min(ranks)) if min(ranks) == max(ranks) else f"{min(ranks)}-{max(ranks)}"
-
-
-def table(results: list[Result]) -> str:
+def table(methods: list[Chosen]) -> str:
     lines = [
         f"{'method':<22}{'trained':>9}{'rate':>9}{'validation':>12}{'test':>8}{'seconds':>9}"
         f"{'rank of updates':>17}"
     ]
     lines.append("-" * len(lines[0]))
-    lines += [
-        f"{r.name:<22}{r.parameters:>9,}{r.rate:>8g}{'*' if r.edge else ' '}"
-        f"{r.validation:>12.3f}{r.test:>8.3f}{r.seconds:>9.1f}{span(r.ranks):>17}"
-        for r in results
-    ]
-    if any(r.edge for r in results):
+    for chosen in methods:
+        first = chosen.runs[0]
+        ranks = sorted({rank for run in chosen.runs for rank in run.ranks})
+        span = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
+        lines.append(
+            f"{chosen.name:<22}{first.parameters:>9,}"
+            f"{first.rate:>8g}{'*' if chosen.edge else ' '}{chosen.mean('validation'):>12.3f}"
+            f"{chosen.mean('test'):>8.3f}{chosen.mean('seconds'):>9.1f}{span:>17}"
+        )
+    if any(chosen.edge for chosen in methods):
         lines.append("* the best rate lies at the edge of the grid")
     return "\n".join(lines)
 
 
-def picture(results: list[Result], path: Path) -> None:
+def differences(methods: list[Chosen]) -> str:
+    """How far each method's test accuracy is from the first RandLoRA's, and the standard error."""
+    base = next(chosen for chosen in methods if "RandLoRA" in chosen.name)
+    lines = [f"Test accuracy beside {base.name}'s, in points, seed by seed, and standard error:"]
+    for chosen in methods:
+        gaps = [
+            100 * (one.test - other.test) for one, other in zip(chosen.runs, base.runs, strict=True)
+        ]
+        if chosen is not base:
+            error = statistics.stdev(gaps) / len(gaps) ** 0.5
+            lines.append(f"  {chosen.name:<22}{statistics.fmean(gaps):>+6.1f} ± {error:.1f}")
+    return "\n".join(lines)
+
+
+def picture(methods: list[Chosen], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for result in results:
-        left.semilogx(result.parameters, 100 * result.test, "o", label=result.name)
-        if "LoRA" in result.name:
-            spectrum = result.spectrum.clamp_min(1e-9)
-            right.semilogy(range(1, len(spectrum) + 1), spectrum, label=result.name)
+    for chosen in methods:
+        first = chosen.runs[0]
+        left.semilogx(first.parameters, 100 * chosen.mean("test"), "o", label=chosen.name)
+        if "LoRA" in chosen.name:
+            spectrum = first.spectrum.clamp_min(1e-9)
+            right.semilogy(range(1, len(spectrum) + 1), spectrum, label=chosen.name)
     left.set(xlabel="trained parameters", ylabel="test accuracy (%)")
     left.set_title("Digits with permuted pixels")
     right.set(xlabel="index", ylabel="singular value (below 1e-9: zero)")
@@ -330,63 +398,27 @@ def main() -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[0], dest="seeds")
     parser.add_argument("--rank", type=int, default=6, help="of the bases of RandLoRA")
     parser.add_argument("--basis", choices=list(KINDS), nargs="+", default=["dense"], dest="bases")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, a process each")
     parser.add_argument("--out", type=Path, default=Path("finetune.png"), help="the picture")
     options = parser.parse_args()
     if not 1 <= options.rank <= 49:
         parser.error(f"--rank must be from 1 to 49, the least width of a layer, got {options.rank}")
-    runs = []
-    for seed in options.seeds:
-        options.seed = seed
-        runs.append(compare(options))
-    results = [mean(column) for column in zip(*runs, strict=True)]
-    count = len(options.seeds)
-    print(table(results))
-    error = 0.3 / (1000 * count) ** 0.5
-    runs_each = "One run each" if count == 1 else f"Means of {count} runs each"
-    print(f"\n{runs_each}; the standard error of a test accuracy of 0.9 is {error:.3f}.")
-    picture(results, options.out)
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    each = [argparse.Namespace(**vars(options), seed=seed) for seed in options.seeds]
+    if options.jobs == 1:
+        runs = [compare(one) for one in each]
+    else:
+        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+            runs = list(tqdm(pool.map(compare, each), desc="seeds", total=len(each)))
+    methods = [choose(name, [run[name] for run in runs]) for name in runs[0]]
+    print(f"\n{table(methods)}\n")
+    if len(runs) == 1:
+        print("One run each; the standard error of a test accuracy of 0.9 is 0.009.")
+    else:
+        print(differences(methods))
+    picture(methods, options.out)
     print(f"Picture: {options.out}")
-
-
-def compare(options: argparse.Namespace) -> list[Result]:
-    """Pre-train one model, and adapt it by every method."""
-    learn, steps = (120, 40) if options.quick else (400, 260)
-    data = load(options.seed)
-    shifted = {name: permuted(split, options.seed) for name, split in data.items()}
-    torch.manual_seed(options.seed)
-    start = VisionTransformer()
-    seconds = train(start, data["train"], learn, 2e-3, options.seed, "pre-training")
-    print(
-        f"pre-trained {sum(p.numel() for p in start.parameters()):,} parameters in {seconds:.0f} s:"
-        f" test accuracy {accuracy(start, data['test']):.3f}, with permuted pixels "
-        f"{accuracy(start, shifted['test']):.3f}\n"
-    )
-    results = [
-        adapt(name, method, start, shifted, steps, options)
-        for name, method in methods(options.bases).items()
-    ]
-    lora = next(result for result in results if result.name == "LoRA")
-    for result in results:
-        ratio = lora.parameters / result.parameters
-        if "RandLoRA" in result.name and abs(ratio - 1) > 0.05:
-            raise SystemExit(
-                f"LoRA trains {ratio:.2f} times what {result.name} does: no comparison"
-            )
-    return results
-
-
-def mean(runs: Sequence[Result]) -> Result:
-    """One method over several seeds; its rate is the one chosen most often."""
-    count = len(runs)
-    return replace(
-        runs[0],
-        rate=statistics.mode(run.rate for run in runs),
-        edge=any(run.edge for run in runs),
-        validation=sum(run.validation for run in runs) / count,
-        test=sum(run.test for run in runs) / count,
-        seconds=sum(run.seconds for run in runs) / count,
-        ranks=[rank for run in runs for rank in run.ranks],
-    )
 
 
 if __name__ == "__main__":
