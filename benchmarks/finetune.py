@@ -245,6 +245,10 @@ def updates(model: VisionTransformer, start: VisionTransformer) -> list[Tensor]:
     return deltas
 
 
+def trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 @dataclass(frozen=True)
 class Result:
     """What one method reached at one learning rate, from one seed."""
@@ -276,7 +280,7 @@ def adapt(
     # The square layer of the last block stands for the others in the picture.
     last = [d for d in deltas if d.shape[0] == d.shape[1]][-1]
     return Result(
-        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        parameters=trained(model),
         rate=rate,
         validation=accuracy(model, data["validation"]),
         test=accuracy(model, data["test"]),
@@ -286,11 +290,22 @@ def adapt(
     )
 
 
+def check_parameters(options: argparse.Namespace) -> None:
+    """Exit unless LoRA trains as many parameters as RandLoRA, to a twentieth."""
+    counts = {}
+    for name, method in methods(options.bases).items():
+        model = VisionTransformer()
+        method.prepare(model, options)
+        counts[name] = trained(model)
+    for name, count in counts.items():
+        ratio = counts["LoRA"] / count
+        if "RandLoRA" in name and abs(ratio - 1) > 0.05:
+            raise SystemExit(f"LoRA trains {ratio:.2f} times what {name} does: no comparison")
+
+
 def compare(options: argparse.Namespace) -> dict[str, list[Result]]:
     """Pre-train one model from ``options.seed``, and adapt it by every method at every rate."""
     learn, steps = (120, 40) if options.quick else (400, 260)
-    if options.jobs > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // options.jobs))
     data = load(options.seed)
     shifted = {name: permuted(split, options.seed) for name, split in data.items()}
     torch.manual_seed(options.seed)
@@ -308,12 +323,6 @@ def compare(options: argparse.Namespace) -> dict[str, list[Result]]:
         results[name] = [
             adapt(name, method, rate, start, shifted, steps, options) for rate in rates
         ]
-    lora = results["LoRA"][0].parameters
-    for name, (result, *_) in results.items():
-        if "RandLoRA" in name and abs(lora / result.parameters - 1) > 0.05:
-            raise SystemExit(
-                f"LoRA trains {lora / result.parameters:.2f} times what {name} does: no comparison"
-            )
     return results
 
 
@@ -406,18 +415,22 @@ def main() -> None:
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     each = [argparse.Namespace(**vars(options), seed=seed) for seed in options.seeds]
+    check_parameters(each[0])
     if options.jobs == 1:
         runs = [compare(one) for one in each]
     else:
-        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        threads = max(1, torch.get_num_threads() // options.jobs)
+        with ProcessPoolExecutor(
+            options.jobs, get_context("spawn"), torch.set_num_threads, (threads,)
+        ) as pool:
             runs = list(tqdm(pool.map(compare, each), desc="seeds", total=len(each)))
-    methods = [choose(name, [run[name] for run in runs]) for name in runs[0]]
-    print(f"\n{table(methods)}\n")
+    results = [choose(name, [run[name] for run in runs]) for name in runs[0]]
+    print(f"\n{table(results)}\n")
     if len(runs) == 1:
         print("One run each; the standard error of a test accuracy of 0.9 is 0.009.")
     else:
-        print(differences(methods))
-    picture(methods, options.out)
+        print(differences(results))
+    picture(results, options.out)
     print(f"Picture: {options.out}")
 
 

@@ -278,7 +278,7 @@ class Store:
         self.device = device
         self.dtype = dtype
         self.tensors: dict[tuple[int, int], Tensor] = {}
-        self.shaped: dict[tuple[int, int], GatherOperator | KroneckerOperator] = {}
+        self.shaped: dict[tuple[int, int], _Shaped] = {}
 
     @property
     def nbytes(self) -> int:
@@ -306,9 +306,12 @@ class Store:
         b = self._hold(BASE_B, q, m)
         return a, SignOperator(b, bank.scale) if bank.signs else DenseOperator(b)
 
-    def _shaped(self, q: int, m: int) -> GatherOperator | KroneckerOperator:
+    def _shaped(self, q: int, m: int) -> _Shaped:
         if self.bank.factored:
-            left, right = (r.to(self.device, self.dtype) for r in self.bank.factors(q, m))
+            factors = self.bank.factors(q, m)
+            left, right = (factor.to(self.device, self.dtype) for factor in factors)
+            if left.numel() == 1:  # ±1: there is one factor
+                return DenseOperator((left * right)[:q], math.sqrt(len(right)))
             return KroneckerOperator(left, right, (q, m))
         signs = self.bank.draw(BASE_B, (q, m), self.device, self.dtype)
         return GatherOperator(signs, self.bank.scale, self.dtype)
@@ -330,6 +333,7 @@ class Store:
         return held[:rows, :columns]
 
 
+_Shaped: TypeAlias = DenseOperator | GatherOperator | KroneckerOperator
 _Stores: TypeAlias = weakref.WeakValueDictionary[tuple[torch.device, torch.dtype], Store]
 
 

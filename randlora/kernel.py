@@ -67,10 +67,10 @@ class _Update:
         return self.a.shape[1] if self.wide else self.b.shape[0]
 
     def tiles(self) -> list[slice]:
-        """Slices of the columns, in which nothing larger than the knob is made."""
+        """Slices of the columns, in which nothing larger than the knob is made; of equal widths."""
         p = self.a.shape[1]
-        width = tile_width(max(self.b.shape), self.wider.itemsize)
-        return [slice(lo, min(lo + width, p)) for lo in range(0, p, width)]
+        count = -(-p // tile_width(max(self.b.shape), self.wider.itemsize))
+        return [slice(p * i // count, p * (i + 1) // count) for i in range(count)]
 
     # shape: -> (m, tile)
     def c(self, tile: slice) -> Tensor:

@@ -484,11 +484,17 @@ def test_they_compile_as_one_graph(name):
 @pytest.mark.parametrize("name", ["attention", "convolution 2d", "lstm", "experts", "embedding"])
 def test_autocast_computes_in_its_dtype(name):
     row = next(r for r in ROWS if r.name == name)
+    inputs = [x.float() if x.is_floating_point() else x for x in row.inputs]
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    try:
+        with autocast:
+            make(row).float()(*inputs)
+    except RuntimeError as error:  # an LSTM, by oneDNN on processors without AVX-512
+        pytest.skip(f"the plain module cannot do it here: {str(error)[:60]}")
     model = inject_row(row, make(row)).float()
     shuffled(model)
-    inputs = [x.float() if x.is_floating_point() else x for x in row.inputs]
     want = model(*inputs)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast:
         got = model(*inputs)
     loss_of(got.float()).backward()
     assert all(p.grad.count_nonzero() for p in randlora.adapter_parameters(model))

@@ -133,9 +133,15 @@ def test_factors_in_low_precision_round_what_lies_between_them_once_more(q, dtyp
 
 
 def test_costs_follow_the_sizes_of_the_factors():
-    b = KroneckerOperator(torch.zeros(48, 24), torch.zeros(64, 16), (3072, 384))
-    assert b.weight_cost == b.token_cost == 20 + 125 + 46
-    assert KroneckerOperator(torch.zeros(1, 1), torch.zeros(2, 2), (2, 2)).token_cost == 1000
+    b = KroneckerOperator(torch.zeros(48, 48), torch.zeros(64, 16), (3072, 768))
+    faster = 2 if products.onednn(torch.float32, torch.device("cpu")) else 1
+    # 3.6 % of the multiply-adds are taken as 9 % of the time (benchmarks/README.md).
+    got = b.weight_cost // faster, b.token_cost // faster
+    assert got == (88, 94)
+    thin = KroneckerOperator(torch.zeros(96, 96), torch.zeros(32, 8), (3072, 768))
+    assert thin.token_cost > 3 * b.token_cost
+    small = KroneckerOperator(torch.zeros(8, 8), torch.zeros(8, 8), (64, 64))
+    assert small.weight_cost > 2000 * faster
 
 
 def test_costs_follow_the_density():

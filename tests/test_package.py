@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "_checks": set(),
     "reference": set(),
     "products": set(),
-    "operators": {"products"},
+    "operators": {"isometry", "products"},
     "planning": set(),
     "isometry": set(),
     "streams": set(),
