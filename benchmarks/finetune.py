@@ -319,7 +319,7 @@ def compare(options: argparse.Namespace) -> dict[str, list[Result]]:
     )
     results = {}
     for name, method in methods(options.bases).items():
-        rates = method.rates[len(method.rates) // 2 :][:1] if options.quick else method.rates
+        rates = (method.rates[len(method.rates) // 2],) if options.quick else method.rates
         results[name] = [
             adapt(name, method, rate, start, shifted, steps, options) for rate in rates
         ]
@@ -349,13 +349,13 @@ def choose(name: str, seeds: list[list[Result]]) -> Chosen:
 # --- report --------------------------------------------------------------------------------------
 
 
-def table(methods: list[Chosen]) -> str:
+def table(results: list[Chosen]) -> str:
     lines = [
         f"{'method':<22}{'trained':>9}{'rate':>9}{'validation':>12}{'test':>8}{'seconds':>9}"
         f"{'rank of updates':>17}"
     ]
     lines.append("-" * len(lines[0]))
-    for chosen in methods:
+    for chosen in results:
         first = chosen.runs[0]
         ranks = sorted({rank for run in chosen.runs for rank in run.ranks})
         span = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
@@ -364,16 +364,16 @@ def table(methods: list[Chosen]) -> str:
             f"{first.rate:>8g}{'*' if chosen.edge else ' '}{chosen.mean('validation'):>12.3f}"
             f"{chosen.mean('test'):>8.3f}{chosen.mean('seconds'):>9.1f}{span:>17}"
         )
-    if any(chosen.edge for chosen in methods):
+    if any(chosen.edge for chosen in results):
         lines.append("* the best rate lies at the edge of the grid")
     return "\n".join(lines)
 
 
-def differences(methods: list[Chosen]) -> str:
+def differences(results: list[Chosen]) -> str:
     """How far each method's test accuracy is from the first RandLoRA's, and the standard error."""
-    base = next(chosen for chosen in methods if "RandLoRA" in chosen.name)
-    lines = [f"Test accuracy beside {base.name}'s, in points, seed by seed, and standard error:"]
-    for chosen in methods:
+    base = next(chosen for chosen in results if "RandLoRA" in chosen.name)
+    lines = [f"Test accuracy less that of {base.name}, in points: mean of the seeds ± its error"]
+    for chosen in results:
         gaps = [
             100 * (one.test - other.test) for one, other in zip(chosen.runs, base.runs, strict=True)
         ]
@@ -383,9 +383,9 @@ def differences(methods: list[Chosen]) -> str:
     return "\n".join(lines)
 
 
-def picture(methods: list[Chosen], path: Path) -> None:
+def picture(results: list[Chosen], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for chosen in methods:
+    for chosen in results:
         first = chosen.runs[0]
         left.semilogx(first.parameters, 100 * chosen.mean("test"), "o", label=chosen.name)
         if "LoRA" in chosen.name:
@@ -414,6 +414,7 @@ def main() -> None:
         parser.error(f"--rank must be from 1 to 49, the least width of a layer, got {options.rank}")
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    options.jobs = min(options.jobs, len(options.seeds))
     each = [argparse.Namespace(**vars(options), seed=seed) for seed in options.seeds]
     check_parameters(each[0])
     if options.jobs == 1:

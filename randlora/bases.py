@@ -61,8 +61,8 @@ class BasisBank:
             sparse        ±√(s/2) with probability 1/s each, else 0; s = 6       int8
             very_sparse   the same with s = 32, or √q of the largest layer       non-zeros,
                           where ``inject`` makes the bank (paper, section 6.4)   or int8
-            isometric     those of a Kronecker product with orthonormal columns  two small factors
-                          (:mod:`randlora.isometry`): the fastest                for each shape
+            isometric     those of a Kronecker product with orthonormal columns  two factors for
+                          (:mod:`randlora.isometry`): the fastest                each shape; or one
             ============  =====================================================  ================
 
         seed: an integer in ``[0, 2**64)``.
@@ -270,7 +270,7 @@ class Store:
     Continuous kinds are held in that dtype and sign kinds as int8, once for all layers, which see
     leading blocks, of bases without leading columns once for each width. A ``B`` sparse enough to
     be applied by gathering, on a CPU, is held by its non-zeros, and one of factors by these, once
-    for each shape.
+    for each shape; one of a single factor is a small dense matrix.
     """
 
     def __init__(self, bank: BasisBank, device: torch.device, dtype: torch.dtype) -> None:

@@ -57,21 +57,27 @@ __all__ = ["factor_shapes", "is_isometry", "orthonormal", "work"]
 
 Shape = tuple[int, int]
 
-_LARGEST = 256  # rows of R1: so many are looked at
+_LARGEST = 256  # rows of R1: its work for each token, batched and slow, grows with their square
 _RATE = 13  # tenths of multiply-adds that one in a product with a small matrix takes
+_CALLS = 100_000  # what the calls for a second factor take, over a thousand columns or tokens
 
 
 def work(q: int, m: int, left: Shape, right: Shape) -> tuple[int, int]:
-    """What ``B`` takes by its factors, for a column and for a token: tenths of multiply-adds.
+    """What applying ``B`` by factors of these shapes takes, in tenths of multiply-adds.
 
-    Fitted, in float32 and at the rate of a large product, to those of 64 to 14,336 rows: a product
-    with the small ``R2``, or with ``R1`` and many columns, runs at three quarters of the rate, the
-    batched one of ``R1`` with tokens at three fifths, and with fewer than 12 columns as if these
-    were some 40; then 28 multiply-adds for each number that is read and written, and 30 and 15 for
-    one that is copied to be padded, or cut.
+    That is, for each column of a matrix like the weight and, second, for each token; fitted to
+    measurements in float32 (``benchmarks/README.md``). Products with ``R2``, and those of ``R1``
+    with many columns, run at three quarters of the rate of a large product. The batched ones of
+    ``R1`` with tokens run at three fifths, and with fewer than 12 columns take as long as with some
+    40. Each number read and written is taken as 28 multiply-adds, and each that is copied to be
+    padded, or cut, as 30 on the ``q`` side and 15 on the ``m`` side. One factor is applied as the
+    dense matrix that it is.
     """
     (q1, m1), (q2, m2), rows = left, right, max(q, m)
-    passes = 280 * rows + 300 * rows * (q1 * q2 > q) + 150 * m * (m1 * m2 > m)
+    passes = 280 * rows
+    if q1 == 1:
+        return 10 * q * m + passes, 10 * q * m + passes
+    passes += 300 * rows * (q1 * q2 > q) + 150 * m * (m1 * m2 > m) + _CALLS
     column = _RATE * q1 * m2 * (q2 + m1) + passes
     token = _RATE * q1 * m2 * q2 + q1 * m1 * (17 * m2 if m2 >= 12 else 700) + passes
     return column, token
@@ -81,35 +87,27 @@ def work(q: int, m: int, left: Shape, right: Shape) -> tuple[int, int]:
 def factor_shapes(q: int, m: int) -> tuple[Shape, Shape]:
     """``(q1, m1)`` and ``(q2, m2)`` for a ``B`` of ``q × m``: the fastest that the theorem allows.
 
-    By :func:`work`, one column and one token. Sizes whose product is ``q``, which the exact case of
-    the theorem takes, are preferred unless they cost half as much again as some that are cut. What
-    is returned is part of the format of the bases: another choice is another version.
+    By :func:`work`, for one column and one token. Sizes with ``q1 q2 = max(q, m)``, whose columns,
+    or rows where ``m > q``, are orthonormal, are preferred unless they cost half as much again as
+    some that are cut. ``q1`` is 1, so there is one factor, where two would save nothing, up to some
+    20,000 entries of ``B``, or are cut and save less than a third, up to some 45,000. What is
+    returned is part of the format of the bases: another choice is another version.
     """
     rows = max(q, m)
     best: dict[bool, tuple[int, tuple[Shape, Shape]]] = {}
     for q1 in range(1, min(rows, _LARGEST) + 1):
         q2 = -(-rows // q1)
         exact = q1 * q2 == rows
-        for m1, m2 in [(q1, q2)] if m > q else _columns(m, q1):
-            if m2 > q2 or (exact in best and 2 * _RATE * rows * m2 > best[exact][0]):
-                break  # what follows has a larger m2 yet
+        for m2 in [q2] if m > q else range(-(-m // q1), min(q2, m) + 1):
+            if exact in best and 2 * _RATE * rows * m2 > best[exact][0]:
+                break  # no larger m2 is cheaper
             if _last_row(m, m2, q2) < rows:
-                shapes = (q1, m1), (q2, m2)
+                shapes = (q1, q1 if m > q else -(-m // m2)), (q2, m2)
                 found = sum(work(q, m, *shapes)), shapes
                 best[exact] = min(best.get(exact, found), found)
     if False in best and 3 * best[False][0] < 2 * best[True][0]:
         return best[False][1]
     return best[True][1]
-
-
-def _columns(m: int, most: int) -> Iterator[Shape]:
-    """``m1`` from ``most`` down with the least ``m2``; with each ``m2`` the least ``m1`` alone."""
-    m1 = min(most, m)
-    while m1:
-        m2 = -(-m // m1)
-        m1 = -(-m // m2)
-        yield m1, m2
-        m1 -= 1
 
 
 def is_isometry(q: int, m: int) -> bool:
@@ -133,6 +131,8 @@ def orthonormal(matrix: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     column that depends on those before it gives way to the first unit vector that does not.
     """
     q, m = matrix.shape
+    if m > q:
+        raise ValueError(f"matrix must be at least as high as wide, got {q} x {m}")
     done = np.empty((m, q))
     for j, column in enumerate(matrix.T.astype(np.float64)):
         before = done[:j]

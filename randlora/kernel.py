@@ -67,7 +67,10 @@ class _Update:
         return self.a.shape[1] if self.wide else self.b.shape[0]
 
     def tiles(self) -> list[slice]:
-        """Slices of the columns, in which nothing larger than the knob is made; of equal widths."""
+        """Slices of the columns, in which nothing larger than the knob is made.
+
+        Of equal widths, to one: a narrow last one would cost a pass over all tokens for little.
+        """
         p = self.a.shape[1]
         count = -(-p // tile_width(max(self.b.shape), self.wider.itemsize))
         return [slice(p * i // count, p * (i + 1) // count) for i in range(count)]

@@ -20,7 +20,6 @@ from randlora.products import addmm_, baddbmm_, bmm, mm, onednn
 __all__ = ["DenseOperator", "GatherOperator", "KroneckerOperator", "Operator", "SignOperator"]
 
 _SLICE = 256  # rows or columns of signs cast at a time
-_CALLS = 100_000  # tenths of multiply-adds for each column or token, where these are a thousand
 _TILE = 128  # columns gathered at a time: a table of 3,000 rows stays in a cache of 1.5 MB
 
 
@@ -246,12 +245,12 @@ class GatherOperator:
 class KroneckerOperator:
     """``(R1 ⊗ R2)[:q, :m]``, applied by its factors, ``(q1, m1)`` and ``(q2, m2)``, in turn.
 
-    That takes ``1 / m1 + 1 / q2`` of the multiply-adds of the dense product: with a matrix like the
+    That takes ``1 / m1 + 1 / q2`` of the multiply-adds of the dense product, and somewhat more
+    where rows or columns are cut: with a matrix like the
     weight ``R1`` as one product and ``R2`` as one for each of its ``q1`` blocks, with tokens ``R2``
     as one product and ``R1`` as one for each token, without a transposing copy of what is by rows.
-    Products this small run at a lower rate, hence the costs (:func:`randlora.isometry.work`), to
-    which small matrices add what the calls themselves take. In low precision what lies between the
-    factors is rounded.
+    Products this small run at a lower rate, hence the costs (:func:`randlora.isometry.work`). In
+    low precision what lies between the factors is rounded.
     """
 
     by_columns = False
@@ -260,11 +259,10 @@ class KroneckerOperator:
         self.left, self.right, self.shape = left, right, shape
         (q1, m1), (q2, m2) = left.shape, right.shape
         self.scale = math.sqrt(q1 * q2)
-        # The dense products compared with are twice as fast by oneDNN, which takes none this small.
+        # The dense products compared with are twice as fast by oneDNN, which takes few this small.
         faster = 2 if onednn(left.dtype, left.device) else 1
         self.weight_cost, self.token_cost = (
-            100 * faster * (tenths + _CALLS) // math.prod(shape)
-            for tenths in work(*shape, (q1, m1), (q2, m2))
+            100 * faster * tenths // math.prod(shape) for tenths in work(*shape, (q1, m1), (q2, m2))
         )
 
     @property

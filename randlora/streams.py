@@ -1,4 +1,4 @@
-"""Raw random bits to the entries of bases: the only owner of randomness in the package.
+"""Raw random bits to the entries of bases: the only owner of randomness, but for PEFT's own bases.
 
 Format, version 1 (the golden hashes in the tests pin it). Row ``i`` of a base is the stream of one
 Philox4x64-10 generator with

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from randlora import BasisBank
-from randlora.bases import Operator
+from randlora.operators import Operator
 
 KINDS = ("dense", "normal", "binary", "sparse", "very_sparse", "isometric")
 seeds = st.integers(0, 2**64 - 1)

@@ -489,7 +489,9 @@ def test_autocast_computes_in_its_dtype(name):
     try:
         with autocast:
             make(row).float()(*inputs)
-    except RuntimeError as error:  # an LSTM, by oneDNN on processors without AVX-512
+    except RuntimeError as error:
+        if name != "lstm":  # by oneDNN on processors without AVX-512
+            raise
         pytest.skip(f"the plain module cannot do it here: {str(error)[:60]}")
     model = inject_row(row, make(row)).float()
     shuffled(model)

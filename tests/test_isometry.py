@@ -37,42 +37,45 @@ def test_factors_have_room_for_orthonormal_columns_and_for_the_block(q, m):
     assert max(rows) < max(q, m)
 
 
-@pytest.mark.parametrize("q", [97, 101, 127, 241, 397, 769, 1021, 3079, 4093, 14341])
+@pytest.mark.parametrize("q", [241, 397, 769, 1021, 3079, 4093, 14341])
 def test_primes_do_not_degrade_to_dense(q):
     for m in (q, q - 2, q // 2, q // 4, q // 4 * 4):
         (q1, m1), (q2, m2) = factor_shapes(q, m)
         share = m2 * (q1 * q2 + q1 * m1) / (q * m)
-        # 2 / √m where all sizes are squares. Of some 70 columns nothing is gained by factors.
-        assert share < 3.5 / np.sqrt(m) or m < 72, (m, share)
+        # 2 / √m where all sizes are squares. Small ones have one factor, prime or not.
+        assert share < 3.5 / np.sqrt(m) or q * m < 45_000, (m, share)
 
 
-def test_small_sizes_have_one_factor_and_are_applied_as_what_they_are():
+@pytest.mark.parametrize(("q", "m"), [(53, 53), (64, 64), (241, 60), (96, 54), (24, 25)])
+def test_one_factor_is_applied_as_the_dense_matrix_that_it_is(q, m):
     bank = BasisBank("isometric", seed=3)
-    for q, m in [(53, 53), (277, 69), (24, 25)]:
-        assert factor_shapes(q, m)[0] == (1, 1)
-        _, b = bank.store(torch.device("cpu"), torch.float64).operands(5, min(q, m), q, m)
-        assert type(b) is DenseOperator
-        assert (b.weight_cost, b.token_cost) == (1000, 1000)
-        assert b.shape == (q, m)
-        dense = b.scale * b.mm(torch.eye(m, dtype=torch.float64))
-        assert (dense - bank.b(q, m, torch.float64)).abs().max() < 8 * EPS
+    assert factor_shapes(q, m)[0] == (1, 1)
+    store = bank.store(torch.device("cpu"), torch.float64)
+    a, b = store.operands(5, min(q, m), q, m)
+    assert type(b) is DenseOperator
+    assert (b.weight_cost, b.token_cost) == (1000, 1000)
+    assert b.shape == (q, m)
+    assert store.nbytes == 8 * (a.numel() + max(q, m) * m)
+    dense = b.scale * b.mm(torch.eye(m, dtype=torch.float64))
+    assert (dense - bank.b(q, m, torch.float64)).abs().max() < 8 * EPS
 
 
 @given(st.integers(1, 150), st.integers(1, 150))
+@example(223, 223)
 @example(241, 241)
 @example(288, 96)
+@example(264, 121)
 def test_no_other_sizes_that_the_theorem_allows_are_faster(q, m):
-    rows, allowed = max(q, m), {True: [], False: []}
+    rows, costs = max(q, m), {True: [], False: []}
     for q1 in range(1, rows + 1):
         q2 = -(-rows // q1)
-        for m1 in [q1] if m > q else range(1, q1 + 1):
-            m2 = q2 if m > q else -(-m // m1)
+        for m2 in [q2] if m > q else range(-(-m // q1), min(q2, m) + 1):
+            m1 = q1 if m > q else -(-m // m2)
             places = [j1 * q2 + j2 for j1 in range(m1) for j2 in range(m2)][:m]
-            if m2 <= q2 and places[-1] < rows:
-                cost = sum(work(q, m, (q1, m1), (q2, m2)))
-                allowed[q1 * q2 == rows].append(cost)
+            if places[-1] < rows:
+                costs[q1 * q2 == rows].append(sum(work(q, m, (q1, m1), (q2, m2))))
     got = factor_shapes(q, m)
-    exact, cut = min(allowed[True]), min(allowed[False], default=np.inf)
+    exact, cut = min(costs[True]), min(costs[False], default=np.inf)
     assert sum(work(q, m, *got)) == (cut if 1.5 * cut < exact else exact)
     assert (got[0][0] * got[1][0] == rows) == (1.5 * cut >= exact)
 
@@ -80,7 +83,7 @@ def test_no_other_sizes_that_the_theorem_allows_are_faster(q, m):
 # Part of the format: see the golden hashes of the bases.
 SHAPES = {
     (1, 1): ((1, 1), (1, 1)),
-    (40, 30): ((2, 2), (20, 15)),
+    (40, 30): ((1, 1), (40, 30)),
     (768, 768): ((24, 24), (32, 32)),
     (3072, 768): ((48, 48), (64, 16)),
     (768, 770): ((22, 22), (35, 35)),
@@ -104,7 +107,7 @@ def test_no_size_of_a_grid_changes():
     grid = [(q, m) for q in range(1, 2600, 37) for m in range(1, q + 9, 1 + q // 12)]
     grid += [(131584, 4112), (128256, 4096), (97, 89), (239, 239), (311, 300), (1022, 1022)]
     found = repr([factor_shapes(q, m) for q, m in grid]).encode()
-    assert hashlib.sha256(found).hexdigest()[:16] == "d2060366287192b3"
+    assert hashlib.sha256(found).hexdigest()[:16] == "a3a8897242bd50f3"
 
 
 GOLDEN = {
@@ -129,9 +132,9 @@ def test_columns_are_orthonormal_and_those_of_a_qr_decomposition(m, more, seed):
 
 
 def test_columns_that_depend_on_others_give_way():
-    matrix = np.array([[1.0, 2.0, 1.0], [1.0, 2.0, 0.0], [0.0, 0.0, 1e-9], [0.0, 0.0, 0.0]])
+    matrix = np.array([[1.0, 2.0, 0.0, 1.0], [1.0, 2.0, 0.0, 0.0], [0, 0, 0, 1e-9], [0, 0, 0, 0]])
     got = orthonormal(matrix)
-    assert abs(got.T @ got - np.eye(3)).max() < 4 * EPS
+    assert abs(got.T @ got - np.eye(4)).max() < 4 * EPS
     assert abs(got[:, 0] - np.array([1, 1, 0, 0]) / np.sqrt(2)).max() < EPS
 
 
