@@ -4,7 +4,8 @@ All methods train the same stack in one process, in turn, after a warm-up; what 
 medians. Each layer is first compared with the oracle in float64. Peak memory is taken in a process
 of its own for each method.
 
-    python benchmarks/step.py [--cases NAME ...] [--rounds N] [--curves [NAME ...]] [--out FOLDER]
+    python benchmarks/step.py [--cases NAME ...] [--methods NAME ...] [--rounds N] [--no-memory]
+                              [--curves [NAME ...]] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -279,13 +280,26 @@ def resident(field: str) -> int:
     raise SystemExit(f"no {field} in /proc/self/status")
 
 
+def fault_in_code() -> None:
+    """Bring what is mapped of files into memory, which else counts for the method that runs it."""
+    with open("/proc/self/mem", "rb", buffering=0) as memory:
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            span, access, *_, path = [*line.split(maxsplit=5), ""][:6]
+            if access.startswith("r") and path.startswith("/"):
+                start, end = (int(number, 16) for number in span.split("-"))
+                for at in range(start, end, 2**20):
+                    memory.seek(at)
+                    memory.read(min(2**20, end - at))
+
+
 def peak(name: str, case: Case) -> int:
-    """Most resident memory of the second and third step, beyond what the imports take."""
+    """Most resident memory of the second and third step, beyond the imports and libraries' code."""
     import peft  # noqa: F401  (so that all methods start from the same)
 
-    # And from the same libraries in memory: the first product by oneDNN brings in 7 MiB of code.
+    # The first product by oneDNN writes 7 MiB of code.
     with torch.no_grad():
         products.mm(torch.randn(1024, 1024), torch.randn(1024, 1024))
+    fault_in_code()
 
     before = resident("VmRSS")
     run = Run(name, METHODS[name], case, to_check=False)  # it was, before it was timed
@@ -296,11 +310,17 @@ def peak(name: str, case: Case) -> int:
     return resident("VmHWM") - before
 
 
+# Default malloc and MKL keep what was freed; their leavings would be what is measured.
+FRUGAL = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+    "MKL_DISABLE_FAST_MM": "1",
+}
+
+
 def peak_in_own_process(name: str, case_name: str) -> int:
-    # Default malloc keeps what was freed; its fragments would be what is measured.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, __file__, "--peak", case_name, name]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, **FRUGAL}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     return int(done.stdout.split()[-1])
@@ -342,13 +362,12 @@ def least_seconds(run: Run, tokens: int, rates: tuple[float, float]) -> float:
     return seconds
 
 
-def bench(case_name: str, rounds: int, memory: bool) -> list[dict[str, object]]:
+def bench(case_name: str, methods: list[str], rounds: int, memory: bool) -> list[dict[str, object]]:
     case = CASES[case_name]
     rates = gemm_rate(case.dtype, False), gemm_rate(case.dtype, True)
-    methods = METHODS.copy()
-    if case.dtype != torch.float32 or not ONEDNN:
-        del methods["dense, torch's GEMM"]  # there it is no other
-    runs = {name: Run(name, prepare, case) for name, prepare in methods.items()}
+    if case.dtype != torch.float32 or not ONEDNN:  # there torch's own product is no other
+        methods = [name for name in methods if "torch's GEMM" not in name]
+    runs = {name: Run(name, METHODS[name], case) for name in methods}
     with tqdm(total=(rounds + 1) * len(runs), desc=case_name, leave=False) as bar:
         for turn in range(rounds + 1):
             # There and back: what one leaves in the allocator and the caches the next one meets.
@@ -378,10 +397,10 @@ def bench(case_name: str, rounds: int, memory: bool) -> list[dict[str, object]]:
 
 
 def so_far(runs: dict[str, Run]) -> str:
-    """Steps as ratios of full fine-tuning's, medians up to now."""
+    """Steps as ratios of the first method's, medians up to now."""
     median = {name: statistics.median(run.seconds["step"]) for name, run in runs.items()}
-    full = median.pop("full fine-tuning")
-    return ", ".join(f"{name} {value / full:.2f}" for name, value in median.items())
+    first = next(iter(median.values()))
+    return ", ".join(f"{name} {value / first:.2f}" for name, value in median.items())
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -394,14 +413,14 @@ def table(rows: list[dict[str, object]]) -> str:
     ]
     for row in rows:
         ratios = [
-            row["step_p50"] / by_name[name]["step_p50"]
+            f"{row['step_p50'] / by_name[name]['step_p50']:.2f}" if name in by_name else ""
             for name in ("full fine-tuning", "PEFT RandLora", "PEFT LoRA")
         ]
         lines.append(
             f"| {row['method']:<18} | {row['trained']:,} | {row['forward_p50']:.3f} s "
             f"| {row['backward_p50']:.3f} s "
             f"| {row['step_p50']:.3f} s ({row['step_p20']:.3f}-{row['step_p80']:.3f}) | "
-            + " | ".join(f"{ratio:.2f}" for ratio in ratios)
+            + " | ".join(ratios)
             + (f" | {row['products']:.2f}" if row["products"] else " | ")
             + f" | {row['saved_mib']:.0f} MiB | {row['peak_mib']:.0f} MiB |"
         )
@@ -501,7 +520,7 @@ def curves(names: list[str], rounds: int, folder: Path) -> None:
 
 
 def picture(rows: list[dict[str, object]], path: Path) -> None:
-    """Step times of all cases, as ratios of full fine-tuning's."""
+    """Step times of all cases, as ratios of the first method's, by default full fine-tuning's."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -514,10 +533,10 @@ def picture(rows: list[dict[str, object]], path: Path) -> None:
     axes = [axes] if len(cases) == 1 else list(axes)
     for ax, case_name in zip(axes, cases, strict=True):
         chosen = [row for row in rows if row["case"] == case_name]
-        full = chosen[0]["step_p50"]
-        ax.barh([row["method"] for row in chosen], [row["step_p50"] / full for row in chosen])
+        first = chosen[0]["step_p50"]
+        ax.barh([row["method"] for row in chosen], [row["step_p50"] / first for row in chosen])
         ax.axvline(1, color="black", linewidth=0.8)
-        ax.set(title=case_name, xlabel="step / full fine-tuning")
+        ax.set(title=case_name, xlabel=f"step / {chosen[0]['method']}")
     axes[0].invert_yaxis()
     figure.savefig(path, dpi=120)
 
@@ -533,6 +552,7 @@ def write(path: Path, rows: list[dict[str, object]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-memory", action="store_true", help="leave out the peaks")
     parser.add_argument(
@@ -558,7 +578,7 @@ def main() -> None:
             print(f"matrix products in {dtype}, {name}: {rate / 1e9:.0f} G multiply-adds / s")
     everything: list[dict[str, object]] = []
     for case_name in options.cases:
-        rows = bench(case_name, options.rounds, not options.no_memory)
+        rows = bench(case_name, options.methods, options.rounds, not options.no_memory)
         everything += rows
         print(f"\n### {case_name}\n\n{table(rows)}", flush=True)
     if everything:

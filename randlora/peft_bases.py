@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from randlora._checks import as_int, as_positive_int
 from randlora.bases import BasisBank
+from randlora.streams import BASE_A
 
 __all__ = ["PEFT_KINDS", "PeftBank"]
 
@@ -183,7 +184,7 @@ class PeftBank(BasisBank):
         """A base for layers of one width, 0 for ``A`` and 1 for ``B``, in ``dtype`` or int8."""
         rows, columns = size
         entries = self._drawn()[base][:rows, :columns]
-        if base == 0:
+        if base == BASE_A:
             return entries.to(device, dtype, copy=True)
         entries = entries[:, torch.arange(columns, device="cpu").view(self.rank, -1).T.flatten()]
         if self.signs:

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     },
     "handlers": {"adapted", "adapters", "functional", "kernel", "layers"},
     "patterns": set(),
-    "peft_bases": {"_checks", "bases"},
+    "peft_bases": {"_checks", "bases", "streams"},
     "targets": {"adapted", "adapters", "handlers", "patterns"},
     "injection": {
         *("_checks", "adapted", "adapters", "bases", "handlers", "patterns", "peft_bases"),
