@@ -124,7 +124,8 @@ CASES = {
 }
 
 
-ONEDNN = products.ONEDNN  # what this machine's default is
+# Whether the update's products go to oneDNN on this machine.
+ONEDNN = products.onednn(torch.float32, torch.device("cpu"))
 Prepare: TypeAlias = Callable[[nn.Module, Case], nn.Module]
 
 # --- the methods ---------------------------------------------------------------------------------
@@ -334,7 +335,7 @@ def percentiles(values: list[float]) -> tuple[float, float, float]:
 @torch.no_grad()
 def gemm_rate(dtype: torch.dtype, onednn: bool) -> float:
     """Multiply-adds a second of a large matrix product, the best of five."""
-    products.ONEDNN = onednn
+    products.ONEDNN = onednn and ONEDNN
     a, b = torch.randn(3072, 3072).to(dtype), torch.randn(3072, 3072).to(dtype)
     seconds = []
     for _ in range(6):
