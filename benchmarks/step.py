@@ -11,6 +11,7 @@ of its own for each method.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import os
@@ -282,32 +283,35 @@ def resident(field: str) -> int:
 
 
 def fault_in_code() -> None:
-    """Bring what is mapped of files into memory, which else counts for the method that runs it."""
+    """Read all that is mapped of files: code would else count for the method that first runs it."""
     with open("/proc/self/mem", "rb", buffering=0) as memory:
         for line in Path("/proc/self/maps").read_text().splitlines():
             span, access, *_, path = [*line.split(maxsplit=5), ""][:6]
             if access.startswith("r") and path.startswith("/"):
                 start, end = (int(number, 16) for number in span.split("-"))
-                for at in range(start, end, 2**20):
-                    memory.seek(at)
-                    memory.read(min(2**20, end - at))
+                with contextlib.suppress(OSError):  # of a device, or beyond the end of a file
+                    for at in range(start, end, 2**20):
+                        memory.seek(at)
+                        memory.read(min(2**20, end - at))
 
 
 def peak(name: str, case: Case) -> int:
     """Most resident memory of the second and third step, beyond the imports and libraries' code."""
     import peft  # noqa: F401  (so that all methods start from the same)
 
-    # The first product by oneDNN writes 7 MiB of code.
+    # oneDNN generates 7 MiB of code at its first product: they are no method's.
     with torch.no_grad():
         products.mm(torch.randn(1024, 1024), torch.randn(1024, 1024))
     fault_in_code()
 
-    before = resident("VmRSS")
+    before, code = resident("VmRSS"), resident("RssFile")
     run = Run(name, METHODS[name], case, to_check=False)  # it was, before it was timed
     run.step()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
     run.step()
     run.step()
+    if resident("RssFile") < code:
+        raise SystemExit("too little memory: code was taken out, so the peak cannot be told")
     return resident("VmHWM") - before
 
 
@@ -368,6 +372,8 @@ def bench(case_name: str, methods: list[str], rounds: int, memory: bool) -> list
     rates = gemm_rate(case.dtype, False), gemm_rate(case.dtype, True)
     if case.dtype != torch.float32 or not ONEDNN:  # there torch's own product is no other
         methods = [name for name in methods if "torch's GEMM" not in name]
+    if not methods:
+        return []
     runs = {name: Run(name, METHODS[name], case) for name in methods}
     with tqdm(total=(rounds + 1) * len(runs), desc=case_name, leave=False) as bar:
         for turn in range(rounds + 1):
@@ -553,7 +559,13 @@ def write(path: Path, rows: list[dict[str, object]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=list(METHODS),
+        default=list(METHODS),
+        help="of the cases, not of the curves; pictures take the first as 1",
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-memory", action="store_true", help="leave out the peaks")
     parser.add_argument(
@@ -562,7 +574,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("step"), help="a folder for CSV and plots")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "METHOD"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.peak:
+    if options.peak:  # for peak_in_own_process, which sets the environment
         case_name, method = options.peak
         print(peak(method, CASES[case_name]))
         return
