@@ -673,26 +673,40 @@ def test_no_damage_half_loads_runs_or_hangs(path, data):
 
 
 CRASHES = """
-import os, random, signal, sys, time, warnings
+import gc, os, signal, sys, warnings
 sys.path.insert(0, {root!r})
 warnings.simplefilter("ignore")
 from tests.test_checkpoint import *
 torch.set_num_threads(1)  # so that the process can be forked
-model, choose, within = trained(), random.Random(0), 0
+gc.disable()  # its calls would be counted
+
+def save(until=None):
+    # Dies at one of the calls and returns of saving; gives which of these begin to write, and end.
+    begin = count = 0
+
+    def event(frame, kind, arg):
+        nonlocal begin, count
+        count += 1
+        if not begin and frame.f_code.co_name == "replacing":
+            begin = count
+        if count == until:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(event)
+    save_adapter(model, {path!r})
+    sys.setprofile(None)
+    return begin, count
+
+model = trained()
 want = model(TOKENS)
-save_adapter(model, {path!r})
-start = time.perf_counter()
-save_adapter(model, {path!r})
-long = time.perf_counter() - start
-for _ in range(50):
+save()  # what is done once for all
+begin, end = save()
+for crash in range(50):
     writer = os.fork()
     if not writer:
-        while True:
-            save_adapter(model, {path!r})
-    # Waits for nothing: it is the random moment of the kill.
-    time.sleep(5 * long * choose.random())
-    os.kill(writer, signal.SIGKILL)
-    os.waitpid(writer, 0)
+        save(begin + (end - begin) * crash // 50)
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(writer, 0)[1])
     assert torch.equal(load_adapter(plain(), {path!r})(TOKENS), want)
 print(len(os.listdir(os.path.dirname({path!r}))) - 1)
 """

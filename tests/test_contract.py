@@ -622,7 +622,7 @@ def by_hand(row, plain, model, numbers):
 
 def call_plain(row, plain, deltas, inputs, weight):
     if row.opaque:
-        y = plain(*inputs).detach()  # the value of the base as it is, and the gradient of its weight
+        y = plain(*inputs).detach()  # its value, and the gradient of the weight it stands for
         straight = F.linear(inputs[0], weight.to(row.dtype))
         (delta,) = deltas.values()
         return y + (straight - straight.detach()) + F.linear(inputs[0], delta.to(row.dtype))
