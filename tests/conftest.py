@@ -10,41 +10,42 @@ settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-# What the package reads off the processor, as another processor would have it.
-SWITCHES = {
-    "onednn": ("ONEDNN", True),
-    "no-onednn": ("ONEDNN", False),
-    "widened": ("WIDENED", frozenset({torch.bfloat16, torch.float16})),
-    "no-widened": ("WIDENED", frozenset()),
-    "flipped": None,  # both the other way round than here
-}
+# What the package reads off the processor, for a whole run as another one would have it.
+SWITCHES = ("onednn", "no-onednn", "widened", "no-widened", "flipped")  # the last: neither as here
 
 
 def pytest_addoption(parser):
     parser.addoption(
         "--switch",
         action="append",
-        choices=list(SWITCHES),
+        choices=SWITCHES,
         default=[],
-        help="run with a switch of randlora.products set, whatever the processor",
+        help="set one of the switches of randlora.products, whatever the processor",
     )
 
 
 def pytest_configure(config):
-    for name in config.getoption("--switch"):
-        if name == "flipped":
-            products.ONEDNN = not products.ONEDNN
-            products.WIDENED = SWITCHES["no-widened" if products.WIDENED else "widened"][1]
-        else:
-            setattr(products, *SWITCHES[name])
+    asked = set(config.getoption("--switch"))
+    if "flipped" in asked:
+        asked.add("no-onednn" if products.ONEDNN and products._AVAILABLE else "onednn")
+        asked.add("no-widened" if products.WIDENED else "widened")
+    if "onednn" in asked:
+        # The operator is there on processors without AVX-512 too, where it is of no use.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+            products._AVAILABLE = products._available()
+    if asked & {"onednn", "no-onednn"}:
+        products.ONEDNN = "onednn" in asked
+    if asked & {"widened", "no-widened"}:
+        low = {torch.bfloat16, torch.float16}
+        products.WIDENED = frozenset(low if "widened" in asked else ())
 
 
 def pytest_report_header(config):
-    low = ", ".join(sorted(str(dtype) for dtype in products.WIDENED)) or "none"
-    here = torch.backends.cpu.get_cpu_capability()
+    onednn = products.onednn(torch.float32, torch.device("cpu"))
     return (
-        f"{here}, {torch.get_num_threads()} threads; oneDNN {'on' if products.ONEDNN else 'off'}"
-        f"{'' if products._AVAILABLE else ' (not to be had)'}, widened: {low}"
+        f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; large "
+        f"products by oneDNN: {onednn}; in float32: {set(products.WIDENED) or 'none'}"
     )
 
 
