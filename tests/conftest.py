@@ -1,4 +1,5 @@
 import os
+import sys
 
 import pytest
 import torch
@@ -56,5 +57,10 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _alone():
+    """Let no test see which ones ran before it."""
     torch.manual_seed(0)
+    torch.set_warn_always(True)  # a warning that is given once would be another test's
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # what was compiled counts towards a limit
