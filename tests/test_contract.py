@@ -662,6 +662,7 @@ def dense(tensor):
     return tensor.dequantize() if hasattr(tensor, "tensor_data_names") else tensor
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype:UserWarning")
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 def test_the_contract(row):
