@@ -138,7 +138,7 @@ def refused(model, inner, message):
 @pytest.mark.parametrize("inner", [False, True], ids=["alone", "within"])
 @pytest.mark.parametrize("info", module_db, ids=[info.name for info in module_db])
 def test_a_module_of_torch_is_adapted_or_refused_by_name(info, inner):
-    kind, supported = info.module_cls.__name__, set()
+    kind, tried = info.module_cls.__name__, 0
     for training in (True, False) if info.train_and_eval_differ else (True,):
         for module, inputs in samples(info, training):
             model = Within(module) if inner else module
@@ -152,8 +152,8 @@ def test_a_module_of_torch_is_adapted_or_refused_by_name(info, inner):
                 refused(model, inner, f"'{'inner' * inner}', but {reason}")
             else:
                 contract(model, inputs, inner)
-            supported.add(not reason)
-    assert supported  # it had inputs
+            tried += 1
+    assert tried
 
 
 def contract(model, inputs, inner):
