@@ -19,6 +19,10 @@ Three products, ``x (B C)ᵀ``, ``dy (B C)`` and ``Bᵀ G``, each of which may b
 weight or through the activations; :mod:`randlora.planning` decides. ``C``, ``ΔW``, ``G`` and ``P``
 have the ``p`` columns in common, live only inside a call, and are worked through in tiles of these
 columns, of at most :data:`TRANSIENT_BYTES` each.
+
+The frozen product is called as the plain layer calls it: ``F.linear`` with ``x`` in its own shape,
+and a weight in the strides of ``W0``. Only so are its bits the plain layer's. What is returned is
+no view, which could not be written in place.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from torch import Tensor
 
 from randlora.operators import Operator
 from randlora.planning import Plan
-from randlora.products import addmm_, mm
+from randlora.products import addmm_, changed, in_place, mm, mm_wider
 
 __all__ = ["TRANSIENT_BYTES", "EffectiveWeight", "Linear", "autocast_dtype"]
 
@@ -75,12 +79,27 @@ class _Update:
         count = -(-p // tile_width(max(self.b.shape), self.wider.itemsize))
         return [slice(p * i // count, p * (i + 1) // count) for i in range(count)]
 
+    @property
+    def dim(self) -> int:
+        """The dimension of the weight that the ``p`` columns are."""
+        return 0 if self.wide else 1
+
     # shape: -> (m, tile)
     def c(self, tile: slice) -> Tensor:
         """``scaling · C``, from the wider dtype rounded once to that of ``A``."""
         lam, gamma = self.scaling * self.lam.to(self.wider), self.gamma[:, tile].to(self.wider)
         c = lam.unsqueeze(2) @ gamma.unsqueeze(1)  # a product writes it faster than a broadcast
-        return c.mul_(self.a[:, tile]).flatten(0, 1).to(self.a.dtype)
+        return _times(c, self.a[:, tile]).flatten(0, 1).to(self.a.dtype)
+
+    # shape: weight (out, in) -> (out, in)
+    def whole(self, weight: Tensor | None) -> Tensor:
+        """``W0 + ΔW``, by the strides of ``W0``, or ``ΔW``."""
+        tiles = self.tiles()
+        if weight is None or weight.dtype != self.a.dtype or not in_place():
+            parts = [self.effective(weight, tile) for tile in tiles]
+            total = parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
+            return total if weight is None else _laid_out(total, weight)
+        return changed(weight.clone(), tiles, self.dim, self._plus)
 
     # shape: weight (out, in) -> (q, tile), (tile, q) if wide
     def effective(self, weight: Tensor | None, tile: slice) -> Tensor:
@@ -96,25 +115,42 @@ class _Update:
         if base is None or base.dtype != dtype:  # autocast: W0 is of a wider dtype
             delta = self.b.mm(self.c(tile))
             delta = delta.T if wide else delta
-            return delta if base is None else (base + delta).to(dtype)
-        total = base.clone(memory_format=torch.contiguous_format)
+            return delta if base is None else _laid_out((base + delta).to(dtype), base)
+        if in_place():
+            return self._plus(base.clone(), tile)
+        return _laid_out(self._plus(base, tile), base)
+
+    # shape: total and result (q, tile), (tile, q) if wide
+    def _plus(self, total: Tensor, tile: slice) -> Tensor:
+        """The columns (rows, if wide) ``total`` with those of ``ΔW`` added."""
+        size = tile.stop - tile.start
         # In parts, so that C is not there as a whole beside it.
-        width = max(128, _PART_BYTES // (self.b.shape[1] * dtype.itemsize))
-        for lo in range(0, tile.stop - tile.start, width):
-            part = slice(lo, min(lo + width, tile.stop - tile.start))
-            c = self.c(slice(tile.start + part.start, tile.start + part.stop))
-            if wide:
-                self.b.tokens_addmm_(total[part], c.T)
-            else:
-                self.b.addmm_(total[:, part], c)
-        return total
+        width = max(128, _PART_BYTES // (self.b.shape[1] * self.a.dtype.itemsize))
+        width = width if in_place() else size
+
+        def plus(part: Tensor, at: slice) -> Tensor:
+            c = self.c(slice(tile.start + at.start, tile.start + at.stop))
+            return self.b.tokens_addmm_(part, c.T) if self.wide else self.b.addmm_(part, c)
+
+        parts = [slice(lo, min(lo + width, size)) for lo in range(0, size, width)]
+        return changed(total, parts, self.dim, plus)
+
+    # shape: g (q, tile) -> (m, tile)
+    def p(self, g: Tensor) -> Tensor:
+        """``P / scaling`` from ``G``, which in float16 is brought near one for the product."""
+        if self.a.dtype != torch.float16:
+            return self.b.tmm(g)
+        largest = torch.linalg.vector_norm(g.detach().float(), torch.inf)
+        largest = largest.clamp_min(torch.finfo(torch.float32).tiny)
+        power: Tensor = largest / torch.frexp(largest).mantissa  # of two, or NaN
+        return self.b.tmm((g.float() / power).to(torch.float16)).float() * power
 
     # shape: p_tile (m, tile) -> (n, r), (n, tile)
     def parameter_grads(
         self, p_tile: Tensor, tile: slice, needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """The share of a tile in ``dΛ``, and its ``dΓ``, from ``P / scaling``, which is used up."""
-        pa = p_tile.reshape(*self.lam.shape, -1).to(self.wider).mul_(self.a[:, tile])
+        pa = _times(p_tile.reshape(*self.lam.shape, -1).to(self.wider), self.a[:, tile])
         d_lam = d_gamma = None
         if needs[0]:
             gamma = self.scaling * self.gamma[:, tile].to(self.wider)
@@ -122,6 +158,27 @@ class _Update:
         if needs[1]:
             d_gamma = ((self.scaling * self.lam.to(self.wider)).unsqueeze(1) @ pa).squeeze(1)
         return d_lam, d_gamma
+
+
+def _times(product: Tensor, other: Tensor) -> Tensor:
+    return product.mul_(other) if in_place() else product * other
+
+
+def _laid_out(matrix: Tensor, like: Tensor) -> Tensor:
+    """By columns where the other matrix is: products choose their way by it, to the bit."""
+    if not like.is_contiguous() and like.T.is_contiguous():
+        return matrix.T.contiguous().T
+    return matrix
+
+
+def _owned(result: Tensor) -> Tensor:
+    """The result of an autograd function as no view: a view from there forbids writing in place.
+
+    Where a trace runs the function as plain operations it may be one, and a compiler has no views.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return result
+    return result.detach() if result._is_view() else result
 
 
 def _summed(
@@ -172,9 +229,7 @@ class EffectiveWeight(torch.autograd.Function):
         wide: bool,
     ) -> Tensor:
         with _autocast_off(lam.device):
-            update = _Update(lam, gamma, a, b, scaling, wide)
-            parts = [update.effective(weight, tile) for tile in update.tiles()]
-            return _joined(parts, 0 if wide else 1)
+            return _owned(_Update(lam, gamma, a, b, scaling, wide).whole(weight))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -194,7 +249,7 @@ class EffectiveWeight(torch.autograd.Function):
                 d_lam, d_gamma = _summed(
                     update,
                     [
-                        update.parameter_grads(ctx.b.tmm(g[:, t]), t, (needs_lam, needs_gamma))
+                        update.parameter_grads(update.p(g[:, t]), t, (needs_lam, needs_gamma))
                         for t in update.tiles()
                     ],
                 )
@@ -223,23 +278,23 @@ class Linear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         with _autocast_off(x.device):
             update = _Update(lam, gamma, a, b, scaling, wide)
-            rows = x.reshape(-1, x.shape[-1])
             bias = bias if bias is None else bias.to(x.dtype)
             kept: list[Tensor] = []
             by_tokens = plan.forward == "activations"
             if wide and (by_tokens or plan.keeps == "xb"):
-                xb = b.tokens_mm(rows)
+                xb = b.tokens_mm(_rows(x))
                 kept = [xb] if plan.keeps == "xb" else []
             if by_tokens:
-                y = _frozen(rows, weight, bias, update.out_features)
-                y = _add_through(update, y, xb) if wide else _add_back(update, y, rows)
+                y = _frozen(x, weight, bias, update.out_features)
+                shape, y = y.shape, _rows(y)
+                y = _add_through(update, y, xb) if wide else _add_back(update, y, _rows(x))
+                y = y.view(shape)
             elif plan.keep_weight:
-                parts = [update.effective(weight, tile) for tile in update.tiles()]
-                w = _joined(parts, 0 if wide else 1)
-                y, kept = F.linear(rows, w, bias), [*kept, w]
+                w = update.whole(weight)
+                y, kept = F.linear(x, w, bias), [*kept, w]
             else:
-                y = _by_weight(update, weight, rows, bias)
-            return (y.view(*x.shape[:-1], update.out_features), *kept)
+                y = _by_weight(update, weight, x, bias)
+            return (_owned(y), *map(_owned, kept))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -278,8 +333,8 @@ class Linear(torch.autograd.Function):
         d_bias = d_lam = d_gamma = None
         with _autocast_off(dy.device):
             update = _Update(lam, gamma, ctx.a, b, ctx.scaling, wide)
-            rows = dy.reshape(-1, dy.shape[-1])  # (T, out)
-            x = x if x is None else x.reshape(-1, x.shape[-1])  # (T, in)
+            rows = _rows(dy)  # (T, out)
+            x = x if x is None else _rows(x)  # (T, in)
             by_tokens = plan.grad_parameters == "activations" and any(needs)
             shared = by_tokens or (needs_x and plan.grad_input == "activations")
             dyb: Any = b.tokens_mm(rows) if shared and not wide else None  # (T, m)
@@ -306,7 +361,7 @@ class Linear(torch.autograd.Function):
                         dx = mm(rows, weight.to(rows.dtype))
                     dx = _add_back(update, dx, rows) if wide else _add_through(update, dx, dyb)
                 if dxb is not None:
-                    b.tokens_addmm_(dx, dxb)
+                    dx = b.tokens_addmm_(dx, dxb)
                 dx = dx.view(ctx.shape)
         return dx, d_weight, d_bias, d_lam, d_gamma, None, None, None, None, None
 
@@ -325,73 +380,70 @@ def _parameter_grads(
 
     ``d_weight`` is ``dyᵀ x + dw`` where it was formed for the weight's own sake.
     """
-    wide, b = update.wide, update.b
+    wide = update.wide
     shares = []
     for tile in update.tiles():
         if left is not None:
-            p = mm(left.T, (rows if wide else x)[:, tile])  # (m, tile)
+            p = mm_wider(left.T, (rows if wide else x)[:, tile])  # (m, tile)
         elif d_weight is not None:
-            p = b.tmm(d_weight[tile].T if wide else d_weight[:, tile])
+            p = update.p(d_weight[tile].T if wide else d_weight[:, tile])
         else:
-            p = b.tmm(mm(x.T, rows[:, tile]) if wide else mm(rows.T, x[:, tile]))
+            p = update.p(mm_wider(*((x.T, rows[:, tile]) if wide else (rows.T, x[:, tile]))))
         if dw is not None and (left is not None or d_weight is None):
-            p = p + b.tmm(dw[tile].T if wide else dw[:, tile])
+            p = p + update.p(dw[tile].T if wide else dw[:, tile])
         shares.append(update.parameter_grads(p, tile, needs))
     return _summed(update, shares)
 
 
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+# shape: x (..., k) -> (T, k)
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
-# shape: rows (T, in), weight (out, in) -> (T, out)
-def _frozen(rows: Tensor, weight: Tensor | None, bias: Tensor | None, out: int) -> Tensor:
+# shape: x (..., in), weight (out, in) -> (..., out)
+def _frozen(x: Tensor, weight: Tensor | None, bias: Tensor | None, out: int) -> Tensor:
     """``x W0ᵀ + bias``, and zeros without ``W0``."""
     if weight is None:
-        return rows.new_zeros(len(rows), out)
-    return F.linear(rows, weight.to(rows.dtype), bias)
+        return x.new_zeros(*x.shape[:-1], out)
+    return F.linear(x, weight.to(x.dtype), bias)
 
 
-# shape: weight (out, in), rows (T, in) -> (T, out)
-def _by_weight(update: _Update, weight: Tensor | None, rows: Tensor, bias: Tensor | None) -> Tensor:
+# shape: weight (out, in), x (..., in) -> (..., out)
+def _by_weight(update: _Update, weight: Tensor | None, x: Tensor, bias: Tensor | None) -> Tensor:
     """``x (W0 + ΔW)ᵀ + bias``."""
     tiles = update.tiles()
     if len(tiles) == 1:
-        return F.linear(rows, update.effective(weight, tiles[0]), bias)
+        return F.linear(x, update.whole(weight), bias)
     if update.wide:
         parts = [
-            F.linear(rows, update.effective(weight, t), bias if bias is None else bias[t])
+            F.linear(x, update.effective(weight, t), bias if bias is None else bias[t])
             for t in tiles
         ]
-        return torch.cat(parts, 1)
-    y = (
-        rows.new_zeros(len(rows), update.out_features)
-        if bias is None
-        else bias.repeat(len(rows), 1)
-    )
-    for tile in tiles:
-        y.addmm_(rows[:, tile], update.effective(weight, tile).T)
-    return y
+        return torch.cat(parts, -1)
+    (first, *rest), rows = tiles, _rows(x)
+    y = F.linear(rows[:, first], update.effective(weight, first), bias)
+    for tile in rest:
+        y = addmm_(y, rows[:, tile], update.effective(weight, tile).T)
+    return y.view(*x.shape[:-1], update.out_features)
 
 
 # shape: weight (out, in), rows (T, out) -> (T, in)
 def _by_weight_back(update: _Update, weight: Tensor | None, rows: Tensor) -> Tensor:
     """``dy (W0 + ΔW)``."""
     if not update.wide:
-        return _joined([mm(rows, update.effective(weight, tile)) for tile in update.tiles()], 1)
+        parts = [mm(rows, update.effective(weight, tile)) for tile in update.tiles()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     first, *rest = update.tiles()
     dx = mm(rows[:, first], update.effective(weight, first))
     for tile in rest:
-        addmm_(dx, rows[:, tile], update.effective(weight, tile))
+        dx = addmm_(dx, rows[:, tile], update.effective(weight, tile))
     return dx
 
 
 # shape: total (T, p), left (T, m) -> (T, p)
 def _add_through(update: _Update, total: Tensor, left: Tensor) -> Tensor:
     """``total += left C``: after ``x B`` in a wide layer, after ``dy B`` in a tall one."""
-    for tile in update.tiles():
-        addmm_(total[:, tile], left, update.c(tile))
-    return total
+    return changed(total, update.tiles(), 1, lambda part, tile: addmm_(part, left, update.c(tile)))
 
 
 # shape: total (T, q), rows (T, p) -> (T, q)
@@ -403,6 +455,5 @@ def _add_back(update: _Update, total: Tensor, rows: Tensor) -> Tensor:
     else:
         inner = mm(rows[:, first], update.c(first).T)
     for tile in rest:
-        addmm_(inner, rows[:, tile], update.c(tile).T)
-    update.b.tokens_addmm_(total, inner)
-    return total
+        inner = addmm_(inner, rows[:, tile], update.c(tile).T)
+    return update.b.tokens_addmm_(total, inner)

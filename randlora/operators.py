@@ -1,7 +1,9 @@
 """How the kernel meets ``B``: by its products alone, and by what they cost.
 
 An operator is the *unit* base, ``B / scale``: signs stay exact in every dtype, and the kernel puts
-``scale`` where it costs nothing. A new kind of basis, cheaper to apply, is one more class here.
+``scale`` where it costs nothing. In float16 it is so large that the columns of the unit base have
+lengths near one: what ``B`` is applied to stays near its size. A new kind of basis, cheaper to
+apply, is one more class here.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from randlora.isometry import work
-from randlora.products import addmm_, baddbmm_, bmm, mm, onednn
+from randlora.products import addmm_, baddbmm_, bmm, changed, in_place, mm, onednn
 
 __all__ = ["DenseOperator", "GatherOperator", "KroneckerOperator", "Operator", "SignOperator"]
 
@@ -28,7 +30,8 @@ class Operator(Protocol):
 
     The first three are for matrices with the columns of the weight, the last two for tokens, whose
     ``(k, m)`` side is given, and best taken, by columns where ``by_columns``. Results are in the
-    dtype of the argument; dense products that add, in place, round once in low precision.
+    dtype of the argument. What adds uses up the matrix added to, as :mod:`randlora.products` does,
+    and dense products round once in low precision.
     """
 
     scale: float
@@ -57,16 +60,16 @@ class Operator(Protocol):
         """``Bᵀ g``: ``(q, k)`` to ``(m, k)``."""
         ...
 
-    def addmm_(self, total: Tensor, c: Tensor) -> None:
-        """``total += B c``: ``(q, k)`` and ``(m, k)``."""
+    def addmm_(self, total: Tensor, c: Tensor) -> Tensor:
+        """``total + B c``: ``(q, k)`` and ``(m, k)`` to ``(q, k)``."""
         ...
 
     def tokens_mm(self, x: Tensor) -> Tensor:
         """``x B``: ``(k, q)`` to ``(k, m)``."""
         ...
 
-    def tokens_addmm_(self, total: Tensor, h: Tensor) -> None:
-        """``total += h Bᵀ``: ``(k, q)`` and ``(k, m)``."""
+    def tokens_addmm_(self, total: Tensor, h: Tensor) -> Tensor:
+        """``total + h Bᵀ``: ``(k, q)`` and ``(k, m)`` to ``(k, q)``."""
         ...
 
     def rows(self, places: Tensor, dtype: torch.dtype) -> DenseOperator:
@@ -79,6 +82,7 @@ class _Stored:
 
     weight_cost = token_cost = 1000
     by_columns = False
+    unit = 1.0  # what the entries held are multiplied by
 
     def __init__(self, entries: Tensor, scale: float = 1.0) -> None:
         self.entries = entries
@@ -97,7 +101,8 @@ class _Stored:
 
     def rows(self, places: Tensor, dtype: torch.dtype) -> DenseOperator:
         """See :class:`Operator`."""
-        return DenseOperator(self.entries[places].to(dtype), self.scale)
+        entries = self.entries[places].to(dtype)
+        return DenseOperator(entries if self.unit == 1 else entries * self.unit, self.scale)
 
 
 class DenseOperator(_Stored):
@@ -111,24 +116,29 @@ class DenseOperator(_Stored):
         """See :class:`Operator`."""
         return mm(self.entries.T, g)
 
-    def addmm_(self, total: Tensor, c: Tensor) -> None:
+    def addmm_(self, total: Tensor, c: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        addmm_(total, self.entries, c)
+        return addmm_(total, self.entries, c)
 
     def tokens_mm(self, x: Tensor) -> Tensor:
         """See :class:`Operator`."""
         return mm(x, self.entries)
 
-    def tokens_addmm_(self, total: Tensor, h: Tensor) -> None:
+    def tokens_addmm_(self, total: Tensor, h: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        addmm_(total, h, self.entries.T)
+        return addmm_(total, h, self.entries.T)
 
 
 class SignOperator(_Stored):
     """A ``B`` stored as int8 signs, cast a slice of the result at a time.
 
-    The casts are a share of about ``1 / k`` of the products with ``k`` columns.
+    The casts are a share of about ``1 / k`` of the products with ``k`` columns. ``unit``, a power
+    of two, is the magnitude of what they are cast to.
     """
+
+    def __init__(self, entries: Tensor, scale: float, unit: float = 1.0) -> None:
+        super().__init__(entries, scale)
+        self.unit = unit
 
     def mm(self, c: Tensor) -> Tensor:
         """See :class:`Operator`."""
@@ -138,22 +148,36 @@ class SignOperator(_Stored):
         """See :class:`Operator`."""
         return torch.cat([mm(signs.T, g) for signs in self._cast(1, g.dtype)])
 
-    def addmm_(self, total: Tensor, c: Tensor) -> None:
+    def addmm_(self, total: Tensor, c: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        for lo, signs in enumerate(self._cast(0, c.dtype)):
-            addmm_(total[lo * _SLICE : (lo + 1) * _SLICE], signs, c)
+        return changed(
+            total, self._slices(), 0, lambda part, rows: addmm_(part, self._signs(rows, c.dtype), c)
+        )
 
     def tokens_mm(self, x: Tensor) -> Tensor:
         """See :class:`Operator`."""
         return torch.cat([mm(x, signs) for signs in self._cast(1, x.dtype)], 1)
 
-    def tokens_addmm_(self, total: Tensor, h: Tensor) -> None:
+    def tokens_addmm_(self, total: Tensor, h: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        for lo, signs in enumerate(self._cast(0, h.dtype)):
-            addmm_(total[:, lo * _SLICE : (lo + 1) * _SLICE], h, signs.T)
+        return changed(
+            total,
+            self._slices(),
+            1,
+            lambda part, rows: addmm_(part, h, self._signs(rows, h.dtype).T),
+        )
+
+    def _slices(self) -> list[slice]:
+        return [slice(lo, lo + _SLICE) for lo in range(0, len(self.entries), _SLICE)]
+
+    def _signs(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        return self._at_unit(self.entries[rows].to(dtype))
 
     def _cast(self, dim: int, dtype: torch.dtype) -> Iterator[Tensor]:
-        return (signs.to(dtype) for signs in torch.split(self.entries, _SLICE, dim))
+        return (self._at_unit(s.to(dtype)) for s in torch.split(self.entries, _SLICE, dim))
+
+    def _at_unit(self, signs: Tensor) -> Tensor:
+        return signs if self.unit == 1 else signs * self.unit
 
 
 class _Bags(NamedTuple):
@@ -183,16 +207,17 @@ class GatherOperator:
 
     and twice that where float32 products go to oneDNN (:mod:`randlora.products`).
 
-    In low precision ``B c`` is rounded before it is added.
+    In low precision ``B c`` is rounded before it is added. ``unit``, a power of two, is the
+    magnitude of the non-zeros.
     """
 
     by_columns = True
 
-    def __init__(self, signs: Tensor, scale: float, dtype: torch.dtype) -> None:
+    def __init__(self, signs: Tensor, scale: float, dtype: torch.dtype, unit: float = 1.0) -> None:
         self.shape = (signs.shape[0], signs.shape[1])
         self.scale = scale
         rows, columns = signs.nonzero(as_tuple=True)
-        values = signs[rows, columns].to(dtype)
+        values = signs[rows, columns].to(dtype) * unit
         by_column = torch.argsort(columns, stable=True)
         self.by_row = _bags(rows, columns, values, signs.shape[0])
         self.by_column = _bags(
@@ -215,19 +240,25 @@ class GatherOperator:
         """See :class:`Operator`."""
         return _in_tiles(g, lambda tile: _gather(self.by_column, g[:, tile]))
 
-    def addmm_(self, total: Tensor, c: Tensor) -> None:
+    def addmm_(self, total: Tensor, c: Tensor) -> Tensor:
         """See :class:`Operator`."""
+        if not in_place():
+            return total + self.mm(c)
         for tile in _tiles(c.shape[1]):
             total[:, tile].add_(_gather(self.by_row, c[:, tile]))
+        return total
 
     def tokens_mm(self, x: Tensor) -> Tensor:
         """See :class:`Operator`."""
         return self.tmm(x.T).T
 
-    def tokens_addmm_(self, total: Tensor, h: Tensor) -> None:
+    def tokens_addmm_(self, total: Tensor, h: Tensor) -> Tensor:
         """See :class:`Operator`."""
+        if not in_place():
+            return total + self.mm(h.T).T
         for tile in _tiles(len(h)):
             total[tile].add_(_gather(self.by_row, h[tile].T).T)
+        return total
 
     def rows(self, places: Tensor, dtype: torch.dtype) -> DenseOperator:
         """See :class:`Operator`."""
@@ -282,13 +313,13 @@ class KroneckerOperator:
         blocks = bmm(self.right.T, blocks)
         return mm(self.left.T, blocks.view(q1, m2 * k)).view(m1 * m2, k)[: self.shape[1]]
 
-    def addmm_(self, total: Tensor, c: Tensor) -> None:
+    def addmm_(self, total: Tensor, c: Tensor) -> Tensor:
         """See :class:`Operator`."""
         q1, q2 = len(self.left), len(self.right)
         if total.shape[0] == q1 * q2 and total.is_contiguous():
-            baddbmm_(total.view(q1, q2, -1), self.right, self._left_first(c))
-        else:
-            total += self.mm(c)
+            added = baddbmm_(total.view(q1, q2, -1), self.right, self._left_first(c))
+            return added.view(total.shape)
+        return _added(total, self.mm(c))
 
     def tokens_mm(self, x: Tensor) -> Tensor:
         """See :class:`Operator`."""
@@ -296,15 +327,14 @@ class KroneckerOperator:
         blocks = mm(_padded(x, q1 * q2, 1).view(k * q1, q2), self.right).view(k, q1, m2)
         return bmm(self.left.T, blocks).view(k, m1 * m2)[:, : self.shape[1]]
 
-    def tokens_addmm_(self, total: Tensor, h: Tensor) -> None:
+    def tokens_addmm_(self, total: Tensor, h: Tensor) -> Tensor:
         """See :class:`Operator`."""
         (q1, m1), (q2, m2), k = self.left.shape, self.right.shape, len(h)
         blocks = bmm(self.left, _padded(h, m1 * m2, 1).view(k, m1, m2))
         blocks = blocks.view(k * q1, m2)
         if total.shape[1] == q1 * q2 and total.is_contiguous():
-            addmm_(total.view(k * q1, q2), blocks, self.right.T)
-        else:
-            total += mm(blocks, self.right.T).view(k, q1 * q2)[:, : self.shape[0]]
+            return addmm_(total.view(k * q1, q2), blocks, self.right.T).view(total.shape)
+        return _added(total, mm(blocks, self.right.T).view(k, q1 * q2)[:, : self.shape[0]])
 
     def rows(self, places: Tensor, dtype: torch.dtype) -> DenseOperator:
         """See :class:`Operator`."""
@@ -317,6 +347,10 @@ class KroneckerOperator:
     def _left_first(self, c: Tensor) -> Tensor:
         (q1, m1), (_, m2), k = self.left.shape, self.right.shape, c.shape[1]
         return mm(self.left, _padded(c, m1 * m2, 0).view(m1, m2 * k)).view(q1, m2, k)
+
+
+def _added(total: Tensor, product: Tensor) -> Tensor:
+    return total.add_(product) if in_place() else total + product
 
 
 def _padded(matrix: Tensor, size: int, dim: int) -> Tensor:
@@ -338,6 +372,8 @@ def _tiles(columns: int) -> list[slice]:
 
 
 def _in_tiles(table: Tensor, fill: Callable[[slice], Tensor]) -> Tensor:
+    if not in_place():
+        return fill(slice(None))  # into parts of a matrix it would write; nor is there a cache
     tiles = _tiles(table.shape[1])
     first = fill(tiles[0])
     if len(tiles) == 1:
@@ -351,7 +387,7 @@ def _in_tiles(table: Tensor, fill: Callable[[slice], Tensor]) -> Tensor:
 
 def _gather(bags: _Bags, table: Tensor) -> Tensor:
     """Row ``i`` is the signed sum of the rows of the table in bag ``i``."""
-    if not table.numel():
+    if not torch.compiler.is_compiling() and not table.numel():
         return table.new_zeros(len(bags.offsets) - 1, table.shape[1])
     return F.embedding_bag(
         bags.places,

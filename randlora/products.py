@@ -9,19 +9,33 @@ twice as fast on a processor of AMD, and three times slower than MKL on one of I
 
 A processor without units for bfloat16 or float16 was measured to multiply in them three times, or
 three hundred, slower than in float32. There such products are taken in float32, and rounded once.
+
+What adds writes into the matrix that is added to, where nobody watches (:func:`in_place`), and
+returns the sum: the matrix that was given is used up.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["ONEDNN", "WIDENED", "addmm_", "baddbmm_", "bmm", "mm", "onednn"]
+__all__ = [
+    "ONEDNN",
+    "WIDENED",
+    "addmm_",
+    "baddbmm_",
+    "bmm",
+    "changed",
+    "in_place",
+    "mm",
+    "mm_wider",
+    "onednn",
+]
 
 
 def _processor() -> str:
@@ -88,6 +102,28 @@ def onednn(dtype: torch.dtype, device: torch.device) -> bool:
     return ONEDNN and dtype == torch.float32 and device.type == "cpu" and _AVAILABLE
 
 
+def in_place() -> bool:
+    """Whether results may be written over: not where someone keeps the result of each operation.
+
+    A mode does, such as the one of selective checkpointing, and whoever records a graph.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    )
+
+
+def changed(
+    total: Tensor, parts: Sequence[slice], dim: int, change: Callable[[Tensor, slice], Tensor]
+) -> Tensor:
+    """``total`` with each of its parts along ``dim`` changed; the parts are all of it."""
+    if len(parts) == 1:
+        return change(total, parts[0])
+    results = [change(total[part] if dim == 0 else total[:, part], part) for part in parts]
+    return total if in_place() else torch.cat(results, dim)
+
+
 # shape: a (i, j), b (j, k) -> (i, k)
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """``a b``, differentiable like it: where derivatives are recorded it is ``a @ b``.
@@ -107,12 +143,29 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-# shape: total (i, k), a (i, j), b (j, k)
-def addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a b``; in low precision rounded once, from the accumulator.
+# shape: a (i, j), b (j, k) -> (i, k)
+def mm_wider(a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` where it sums over tokens: of float16, whose range the sums outgrow, in float32."""
+    if a.dtype != torch.float16:
+        return mm(a, b)
+    if _widened(a, b):
+        product = a.new_empty(len(a), b.shape[1], dtype=torch.float32)
+        for rows, columns, one, other in _parts(a, b):
+            product[rows, columns] = one @ other
+        return product
+    if a.is_cuda and _plain(a, b):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+# shape: total (i, k), a (i, j), b (j, k) -> (i, k)
+def addmm_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``total + a b``; in low precision rounded once, from the accumulator.
 
     oneDNN has no product that adds to a matrix in place: the product is there beside it for a time.
     """
+    if not in_place():
+        return torch.addmm(total, a, b)
     if _widened(a, b):
         for rows, columns, one, other in _parts(a, b):
             part = total[rows, columns]
@@ -121,6 +174,7 @@ def addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += mm(a, b)
     else:
         total.addmm_(a, b)
+    return total
 
 
 # shape: a (i, j), blocks (k, j, c) -> (k, i, c)
@@ -134,22 +188,22 @@ def bmm(a: Tensor, blocks: Tensor) -> Tensor:
     return product
 
 
-# shape: total (k, i, c), a (i, j), blocks (k, j, c)
-def baddbmm_(total: Tensor, a: Tensor, blocks: Tensor) -> None:
-    """``total += `` the products of :func:`bmm`, rounded once."""
+# shape: total (k, i, c), a (i, j), blocks (k, j, c) -> (k, i, c)
+def baddbmm_(total: Tensor, a: Tensor, blocks: Tensor) -> Tensor:
+    """``total`` and the products of :func:`bmm`, rounded once."""
     if not _widened(a, blocks):
-        total.baddbmm_(a.expand(len(blocks), *a.shape), blocks)
-        return
+        each = a.expand(len(blocks), *a.shape)
+        return total.baddbmm_(each, blocks) if in_place() else total.baddbmm(each, blocks)
     for part in _batches(a, blocks):
         wide = total[part].float()
-        baddbmm_(wide, a.float(), blocks[part].float())
-        total[part] = wide
+        total[part] = baddbmm_(wide, a.float(), blocks[part].float())
+    return total
 
 
 def _plain(*matrices: Tensor) -> bool:
     """Whether these are but tensors, and nothing is recorded of what is done with them."""
     return (
-        not torch.compiler.is_compiling()
+        in_place()
         and not torch.is_grad_enabled()
         and all(type(matrix) in (Tensor, nn.Parameter) for matrix in matrices)
         and forward_ad._current_level < 0

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from randlora import BasisBank, reference
-from randlora.functional import delta_weight, randlora_linear
+from randlora.functional import delta_weight, effective_weight, randlora_linear
 from randlora.kernel import _Update
 from randlora.operators import GatherOperator
 from randlora.planning import Choice, Work, plans
@@ -393,3 +393,78 @@ def test_mismatches_are_refused_by_name():
         randlora_linear(c.x[:, :3], c.weight, None, c.lam, c.gamma, a, b)
     with pytest.raises(TypeError, match=r"input x must be a tensor of torch.float64, got .*32"):
         randlora_linear(c.x.float(), c.weight, None, c.lam, c.gamma, a, b)
+
+
+# --- where the linear map stands among other operations ------------------------------------------
+
+WAYS = ("weight", "activations")
+EVERY = [
+    Choice(*ways, keeps, keep_weight)
+    for ways in itertools.product(WAYS, repeat=3)
+    for keeps in ("x", "xb")
+    for keep_weight in (False, True)
+]
+
+
+def first_to_zero(y):
+    y[..., 0] = 0
+    return y
+
+
+# In place, and as a new tensor.
+CHANGES = {
+    "relu": (torch.relu_, torch.relu),
+    "add": (lambda y: y.add_(1), lambda y: y + 1),
+    "mul": (lambda y: y.mul_(3), lambda y: y * 3),
+    "set": (first_to_zero, lambda y: y * (torch.arange(y.shape[-1]) > 0)),
+}
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("lead", [(), (6,), (2, 3), (0, 2), (2, 1, 3), (1, 2, 1, 3)], ids=str)
+def test_results_may_be_written_in_place(lead, shape, kind):
+    out_features, in_features, r = SHAPES[shape]
+    n = -(-min(out_features, in_features) // r)
+    c = case(BasisBank(kind, seed=3), out_features, in_features, r, n, lead=lead)
+    a, b = c.operands()
+    probe = torch.randn(*lead, out_features, dtype=torch.float64)
+    for choice, how, alone in zip(
+        EVERY, itertools.cycle(CHANGES), itertools.cycle([False, False, True]), strict=False
+    ):
+
+        def run(in_place, choice=choice, how=how, alone=alone):
+            leaves = [t.clone().requires_grad_() for t in (c.x, c.lam, c.gamma)]
+            x, lam, gamma = leaves
+            x = CHANGES[how][0](x * 2) if in_place else CHANGES[how][1](x * 2)
+            base = (None, None) if alone else (c.weight, c.bias)
+            y = randlora_linear(x, *base, lam, gamma, a, b, choice=choice)
+            y = CHANGES[how][0](y) if in_place else CHANGES[how][1](y)
+            return [y, *torch.autograd.grad((y * probe).sum(), leaves)]
+
+        for one, other in zip(run(True), run(False), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_may_be_written_in_place(shape, kind):
+    out_features, in_features, r = SHAPES[shape]
+    n = -(-min(out_features, in_features) // r)
+    c = case(BasisBank(kind, seed=3), out_features, in_features, r, n)
+    a, b = c.operands()
+    probe = torch.randn(out_features, in_features, dtype=torch.float64)
+
+    def form(base, lam):
+        if base is None:
+            return delta_weight(lam, c.gamma, a, b, wide=c.wide)
+        return effective_weight(base, lam, c.gamma, a, b)
+
+    for base, (written, other) in itertools.product((c.weight, None), CHANGES.values()):
+        lam = c.lam.clone().requires_grad_()
+        one = written(form(base, lam))
+        (got,) = torch.autograd.grad((one * probe).sum(), lam)
+        two = other(form(base, lam))
+        (want,) = torch.autograd.grad((two * probe).sum(), lam)
+        assert torch.equal(one, two)
+        assert torch.equal(got, want)
