@@ -468,3 +468,74 @@ def test_weights_may_be_written_in_place(shape, kind):
         (want,) = torch.autograd.grad((two * probe).sum(), lam)
         assert torch.equal(one, two)
         assert torch.equal(got, want)
+
+
+# --- bit for bit ---------------------------------------------------------------------------------
+
+
+def inputs(width, dtype):
+    """Inputs in every layout that models are known to give."""
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    return {
+        "rows": normal(2, 50, width),
+        "one": normal(width),
+        "class token": normal(2, 50, width)[:, :1],
+        "transposed": normal(2, width, 50).transpose(1, 2),
+        "sequence first": normal(50, 2, width).transpose(0, 1),
+        "expanded": normal(1, 50, width).expand(3, -1, -1),
+        "expanded token": normal(1, 1, width).expand(3, 7, -1),
+        "channels last": normal(2, width, 7, 7).permute(0, 2, 3, 1),
+        "four": normal(2, 3, 5, width),
+        "strided": normal(6, 2 * width)[:, ::2],
+        "part": normal(6, width + 8)[:, 3:-5],
+        "empty": normal(0, 3, width),
+    }
+
+
+WEIGHTS = {
+    "rows": lambda w: w,
+    "columns": lambda w: w.T.contiguous().T,
+}
+
+
+@pytest.mark.parametrize("layout", WEIGHTS)
+@pytest.mark.parametrize("kind", ["dense", "sparse", "very_sparse", "isometric"])
+@pytest.mark.parametrize("size", [(96, 64), (64, 96), (80, 80)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_without_an_update_it_is_the_plain_layer_to_the_bit(dtype, size, kind, layout):
+    """In every layout of the input and of the weight, for every plan."""
+    out_features, in_features = size
+    r = 8
+    n = -(-min(size) // r)
+    c = case(BasisBank(kind, seed=3), out_features, in_features, r, n)
+    a, b = c.operands(dtype)
+    weight, bias = WEIGHTS[layout](c.weight.to(dtype)), c.bias.to(dtype)
+    lam, gamma = c.lam.float().requires_grad_(), torch.zeros_like(c.gamma).float().requires_grad_()
+    for x in inputs(in_features, dtype).values():
+        for bias_or_not in (bias, None):
+            plain = torch.nn.functional.linear(x, weight, bias_or_not)
+            for choice in (
+                Choice("weight"),
+                Choice("weight", "weight", keep_weight=True),
+                Choice("activations"),
+                Choice("activations", keeps="xb"),
+            ):
+                for needed in (False, True):
+                    y = randlora_linear(
+                        x.detach().requires_grad_(needed),
+                        weight,
+                        bias_or_not,
+                        lam,
+                        gamma,
+                        a,
+                        b,
+                        choice=choice,
+                    )
+                    assert torch.equal(y, plain)
+    w = effective_weight(weight, lam, gamma, a, b)
+    assert torch.equal(w, weight)
+    assert w.stride() == weight.stride()
