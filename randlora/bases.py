@@ -277,10 +277,6 @@ class Store:
         self.bank = bank
         self.device = device
         self.dtype = dtype
-        # What the entries of B are held times, a power of two: in float16 it gives the columns of
-        # layers of usual sizes lengths near one, so that products with tokens overflow no sooner
-        # than the plain layer's. Elsewhere there is range enough.
-        self.unit = 2.0 ** round(math.log2(bank.scale) - 6) if dtype == torch.float16 else 1.0
         self.tensors: dict[tuple[int, int], Tensor] = {}
         self.shaped: dict[tuple[int, int], _Shaped] = {}
 
@@ -308,8 +304,19 @@ class Store:
                     self.shaped[q, m] = self._shaped(q, m)
             return a, self.shaped[q, m]
         b = self._hold(BASE_B, q, m)
-        scale = bank.scale / self.unit
-        return a, SignOperator(b, scale, self.unit) if bank.signs else DenseOperator(b, scale)
+        unit = self._unit(q, m)
+        operator = SignOperator if bank.signs else DenseOperator
+        return a, operator(b, bank.scale / unit, unit)
+
+    def _unit(self, q: int, m: int) -> float:
+        """What the entries of ``B`` as they are held are taken times, a power of two.
+
+        In float16 it gives the columns and rows of ``B`` lengths near one, so that products with
+        tokens overflow no sooner than those of the plain layer. Elsewhere there is range enough.
+        """
+        if self.dtype != torch.float16:
+            return 1.0
+        return 2.0 ** round(math.log2(self.bank.scale) - math.log2(q * m) / 4)
 
     def _shaped(self, q: int, m: int) -> _Shaped:
         if self.bank.factored:
@@ -319,7 +326,8 @@ class Store:
                 return DenseOperator((left * right)[:q], math.sqrt(len(right)))
             return KroneckerOperator(left, right, (q, m))
         signs = self.bank.draw(BASE_B, (q, m), self.device, self.dtype)
-        return GatherOperator(signs, self.bank.scale / self.unit, self.dtype, self.unit)
+        unit = self._unit(q, m)
+        return GatherOperator(signs, self.bank.scale / unit, self.dtype, unit)
 
     def _hold(self, base: int, rows: int, columns: int) -> Tensor:
         by_width = base == BASE_B and not self.bank.prefixes
@@ -334,8 +342,6 @@ class Store:
                 size = size[0], columns
             with torch.inference_mode(False):  # it outlives the call that happens to need it
                 held = self.bank.draw(base, size, self.device, self.dtype)
-                if base == BASE_B and self.unit != 1 and not self.bank.signs:
-                    held.mul_(self.unit)
             self.tensors[key] = held
         return held[:rows, :columns]
 

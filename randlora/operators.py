@@ -1,8 +1,8 @@
 """How the kernel meets ``B``: by its products alone, and by what they cost.
 
 An operator is the *unit* base, ``B / scale``: signs stay exact in every dtype, and the kernel puts
-``scale`` where it costs nothing. In float16 it is so large that the columns of the unit base have
-lengths near one: what ``B`` is applied to stays near its size. A new kind of basis, cheaper to
+``scale`` where it costs nothing. In float16 it is so large that the unit base has columns and rows
+of lengths near one: what it is applied to stays near its size. A new kind of basis, cheaper to
 apply, is one more class here.
 """
 
@@ -82,11 +82,11 @@ class _Stored:
 
     weight_cost = token_cost = 1000
     by_columns = False
-    unit = 1.0  # what the entries held are multiplied by
 
-    def __init__(self, entries: Tensor, scale: float = 1.0) -> None:
+    def __init__(self, entries: Tensor, scale: float = 1.0, unit: float = 1.0) -> None:
         self.entries = entries
         self.scale = scale
+        self.unit = unit  # a power of two that the entries are taken times
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -101,8 +101,7 @@ class _Stored:
 
     def rows(self, places: Tensor, dtype: torch.dtype) -> DenseOperator:
         """See :class:`Operator`."""
-        entries = self.entries[places].to(dtype)
-        return DenseOperator(entries if self.unit == 1 else entries * self.unit, self.scale)
+        return DenseOperator(self.entries[places].to(dtype), self.scale, self.unit)
 
 
 class DenseOperator(_Stored):
@@ -110,74 +109,64 @@ class DenseOperator(_Stored):
 
     def mm(self, c: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        return mm(self.entries, c)
+        return mm(self.entries, c, self.unit)
 
     def tmm(self, g: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        return mm(self.entries.T, g)
+        return mm(self.entries.T, g, self.unit)
 
     def addmm_(self, total: Tensor, c: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        return addmm_(total, self.entries, c)
+        return addmm_(total, self.entries, c, self.unit)
 
     def tokens_mm(self, x: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        return mm(x, self.entries)
+        return mm(x, self.entries, self.unit)
 
     def tokens_addmm_(self, total: Tensor, h: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        return addmm_(total, h, self.entries.T)
+        return addmm_(total, h, self.entries.T, self.unit)
 
 
 class SignOperator(_Stored):
     """A ``B`` stored as int8 signs, cast a slice of the result at a time.
 
-    The casts are a share of about ``1 / k`` of the products with ``k`` columns. ``unit``, a power
-    of two, is the magnitude of what they are cast to.
+    The casts are a share of about ``1 / k`` of the products with ``k`` columns.
     """
-
-    def __init__(self, entries: Tensor, scale: float, unit: float = 1.0) -> None:
-        super().__init__(entries, scale)
-        self.unit = unit
 
     def mm(self, c: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        return torch.cat([mm(signs, c) for signs in self._cast(0, c.dtype)])
+        return torch.cat([mm(signs, c, self.unit) for signs in self._cast(0, c.dtype)])
 
     def tmm(self, g: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        return torch.cat([mm(signs.T, g) for signs in self._cast(1, g.dtype)])
+        return torch.cat([mm(signs.T, g, self.unit) for signs in self._cast(1, g.dtype)])
 
     def addmm_(self, total: Tensor, c: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        return changed(
-            total, self._slices(), 0, lambda part, rows: addmm_(part, self._signs(rows, c.dtype), c)
-        )
+
+        def plus(part: Tensor, rows: slice) -> Tensor:
+            return addmm_(part, self.entries[rows].to(c.dtype), c, self.unit)
+
+        return changed(total, self._slices(), 0, plus)
 
     def tokens_mm(self, x: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        return torch.cat([mm(x, signs) for signs in self._cast(1, x.dtype)], 1)
+        return torch.cat([mm(x, signs, self.unit) for signs in self._cast(1, x.dtype)], 1)
 
     def tokens_addmm_(self, total: Tensor, h: Tensor) -> Tensor:
         """See :class:`Operator`."""
-        return changed(
-            total,
-            self._slices(),
-            1,
-            lambda part, rows: addmm_(part, h, self._signs(rows, h.dtype).T),
-        )
+
+        def plus(part: Tensor, rows: slice) -> Tensor:
+            return addmm_(part, h, self.entries[rows].to(h.dtype).T, self.unit)
+
+        return changed(total, self._slices(), 1, plus)
 
     def _slices(self) -> list[slice]:
         return [slice(lo, lo + _SLICE) for lo in range(0, len(self.entries), _SLICE)]
 
-    def _signs(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        return self._at_unit(self.entries[rows].to(dtype))
-
     def _cast(self, dim: int, dtype: torch.dtype) -> Iterator[Tensor]:
-        return (self._at_unit(s.to(dtype)) for s in torch.split(self.entries, _SLICE, dim))
-
-    def _at_unit(self, signs: Tensor) -> Tensor:
-        return signs if self.unit == 1 else signs * self.unit
+        return (signs.to(dtype) for signs in torch.split(self.entries, _SLICE, dim))
 
 
 class _Bags(NamedTuple):

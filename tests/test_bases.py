@@ -82,12 +82,12 @@ def test_prefixes_agree_past_the_pivots_and_the_chunks_of_generation(kind):
 def test_what_is_computed_with_is_what_is_read(kind, dtype):
     bank = BasisBank(kind, seed=11)
     bank.reserve(5, 30, 90, 80)
-    store = bank.store(CPU, dtype)
-    a, b = store.operands(3, 20, 70, 40)
+    a, b = bank.store(CPU, dtype).operands(3, 20, 70, 40)
     eye = torch.eye(40, dtype=dtype)
     assert torch.equal(a, bank.a(3, 20).to(dtype))
-    # Rounded once as they are, and in float16 once more, at most, at the unit they are held in.
-    dense = (bank.b(70, 40, torch.float64) / (b.scale * store.unit)).to(dtype) * store.unit
+    # Rounded as they are, and in float16 once more, at most, times the unit.
+    unit = getattr(b, "unit", 1.0)
+    dense = (bank.b(70, 40, torch.float64) / (b.scale * unit)).to(dtype) * unit
     got = b.mm(eye), b.tmm(torch.eye(70, dtype=dtype)).T
     if bank.factored:  # two factors and two products are rounded, each number at most one
         assert all((one - dense).abs().max() <= 4 * torch.finfo(dtype).eps for one in got)

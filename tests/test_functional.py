@@ -2,11 +2,17 @@
 
 import itertools
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from randlora import BasisBank, reference
 from randlora.functional import delta_weight, effective_weight, randlora_linear
@@ -503,7 +509,7 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("layout", WEIGHTS)
-@pytest.mark.parametrize("kind", ["dense", "sparse", "very_sparse", "isometric"])
+@pytest.mark.parametrize("kind", ["dense", "very_sparse", "isometric"])
 @pytest.mark.parametrize("size", [(96, 64), (64, 96), (80, 80)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_without_an_update_it_is_the_plain_layer_to_the_bit(dtype, size, kind, layout):
@@ -539,3 +545,147 @@ def test_without_an_update_it_is_the_plain_layer_to_the_bit(dtype, size, kind, l
     w = effective_weight(weight, lam, gamma, a, b)
     assert torch.equal(w, weight)
     assert w.stride() == weight.stride()
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def everything(context, op, *args, **keywords):
+    return CheckpointPolicy.MUST_SAVE
+
+
+aten = torch.ops.aten
+POLICIES = {
+    "matrices": [aten.mm.default, aten.addmm.default],
+    "batches": [aten.bmm.default, aten.baddbmm.default],
+    "everything": everything,
+}
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", ["dense", "sparse", "very_sparse", "isometric"])
+@pytest.mark.parametrize("shape", ["tall", "wide", "square"])
+def test_a_checkpoint_may_keep_any_result(shape, kind, policy, tiled, monkeypatch):
+    """Its mode keeps results of operations, which may then not be written in place."""
+    if tiled:
+        monkeypatch.setattr("randlora.kernel.tile_width", lambda *_: 2)
+    out_features, in_features, r = SHAPES[shape]
+    n = -(-min(out_features, in_features) // r)
+    c = case(BasisBank(kind, seed=3), out_features, in_features, r, n, lead=(2, 3))
+    a, b = c.operands()
+    if kind == "very_sparse":
+        b = GatherOperator(b.entries, b.scale, torch.float64)
+    contexts = partial(create_selective_checkpoint_contexts, POLICIES[policy])
+
+    def read(choice, x, weight, bias, lam, gamma):
+        return torch.nn.functional.linear(x, effective_weight(weight, lam, gamma, a, b), bias)
+
+    def call(choice, *tensors):
+        return randlora_linear(*tensors, a, b, choice=choice)
+
+    for choice in EVERY[::3]:
+        for way in (read, call):
+            leaves = [
+                t.clone().requires_grad_(needed)
+                for t, needed in zip(
+                    (c.x, c.weight, c.bias, c.lam, c.gamma),
+                    (True, False, False, True, True),
+                    strict=True,
+                )
+            ]
+            trained = [leaf for leaf in leaves if leaf.requires_grad]
+            want = way(choice, *leaves).sin()
+            wants = torch.autograd.grad(want.sum(), trained)
+            got = checkpoint(
+                lambda *leaves, way=way, choice=choice: way(choice, *leaves).sin(),
+                *leaves,
+                use_reentrant=False,
+                context_fn=contexts,
+            )
+            grads = torch.autograd.grad(got.sum(), trained)
+            for one, other in zip((got, *grads), (want, *wants), strict=True):
+                # The same sums, taken in other parts: some hundred roundings of numbers near one.
+                assert_close(one, other, 1e-12)
+
+
+# --- float16 -------------------------------------------------------------------------------------
+
+
+def large(kind, size, of_x, of_dy, tokens=16):
+    """A float16 layer near what a trained one is, with large activations and gradients."""
+    out_features, in_features = size
+    n = -(-min(size) // 8)
+    c = case(BasisBank(kind, seed=2), out_features, in_features, 8, n, lead=(tokens,), scaling=1)
+    half = (in_features**-0.5 * c.weight).half(), c.bias.half()
+    trained = (c.lam / (8 * n) ** 0.5).float(), (in_features**-0.5 * c.gamma).float()
+    dy = of_dy * torch.randn(tokens, out_features, dtype=torch.float64)
+    return c, [(of_x * c.x).half(), *half, *trained], dy.half()
+
+
+def compare(c, leaves, dy, choice):
+    def fast(a, b, x, weight, bias, lam, gamma):
+        return randlora_linear(x, weight, bias, lam, gamma, a, b, choice=choice)
+
+    def slow(a, b, x, weight, bias, lam, gamma):
+        return reference.linear(x, weight, bias, a, b, lam, gamma)
+
+    needed = [True, False, False, True, True]
+    got = run(fast, c.operands(torch.float16), leaves, dy, needed)
+    want = run(slow, c.bases(), [t.double() for t in leaves], dy.double(), needed)
+    for one, other in zip(got, want, strict=True):
+        assert other.abs().max() < torch.finfo(one.dtype).max  # it can be had at all
+        # Inputs are exact; bases, C, W0 + ΔW, what lies between factors, P and the result are
+        # rounded: as in the test of low precision above, in sums that cancel.
+        assert_close(one.double(), other, 8 * torch.finfo(torch.float16).eps)
+
+
+@pytest.mark.parametrize(("of_x", "of_dy"), [(300, 100), (3000, 3000), (1, 2**12), (1, 1e-3)])
+@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize("size", [(192, 64), (64, 192), (96, 96)], ids=str)
+def test_float16_overflows_no_sooner_than_the_plain_layer(size, kind, of_x, of_dy):
+    """Every plan, where the oracle's numbers fit in the dtype that each is to be in."""
+    c, leaves, dy = large(kind, size, of_x, of_dy)
+    for choice in EVERY[::3]:
+        compare(c, leaves, dy, choice)
+
+
+@pytest.mark.parametrize("kind", ["dense", "very_sparse", "isometric"])
+@pytest.mark.parametrize("size", [(1024, 256), (256, 1024)], ids=str)
+def test_large_layers_in_float16_do_not_overflow_either(size, kind):
+    c, leaves, dy = large(kind, size, 300, 1000, tokens=8)
+    for way in WAYS:
+        compare(c, leaves, dy, Choice(way, way, way))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("size", [(192, 64), (64, 192)], ids=str)
+def test_what_is_not_finite_stays_so(size, way):
+    """A scaler of losses looks for it."""
+    c, leaves, dy = large("dense", size, 1, 1)
+    a, b = c.operands(torch.float16)
+    for leaf in leaves[3:]:
+        leaf.requires_grad_()
+    dy[0, 0] = torch.inf
+    y = randlora_linear(*leaves, a, b, choice=Choice(way, way, way))
+    y.backward(dy)
+    assert not any(leaf.grad.isfinite().all() for leaf in leaves[3:])
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize("size", [(192, 64), (64, 192)], ids=str)
+def test_the_gradient_of_a_read_weight_does_not_overflow_in_float16(size, kind):
+    c, (_, weight, _, *trained), _ = large(kind, size, 1, 1)
+    a, b = c.operands(torch.float16)
+    dw = (15000 * torch.randn(size, dtype=torch.float64)).clamp(-65000, 65000).half()
+
+    def fast(a, b, lam, gamma):
+        return effective_weight(weight, lam, gamma, a, b)
+
+    def slow(a, b, lam, gamma):
+        return reference.delta_weight(a, b, lam, gamma, wide=c.wide)
+
+    got = run(fast, (a, b), trained, dw)[1:]
+    want = run(slow, c.bases(), [t.double() for t in trained], dw.double())[1:]
+    for one, other in zip(got, want, strict=True):
+        assert_close(one.double(), other, 8 * torch.finfo(torch.float16).eps)

@@ -15,18 +15,18 @@ LAYOUTS = ("rows", "columns", "strided")
 
 
 def make(kind, q, m, dtype=torch.float64):
-    """An operator and its dense value, without the scale."""
+    """An operator and its dense value, without the scale: entries times a unit of a quarter."""
     if kind == "dense":
         entries = torch.randn(q, m).to(dtype)
-        return DenseOperator(entries), entries
+        return DenseOperator(entries, 1.0, 0.25), entries / 4
     if kind == "kronecker":
         left, right = (torch.randn(size).to(dtype) for size in factor_shapes(q, m))
         return KroneckerOperator(left, right, (q, m)), torch.kron(left, right)[:q, :m]
     signs = torch.randint(-1, 2, (q, m)).to(torch.int8)
     if kind == "gather":
         signs *= torch.rand(q, m) < 0.2
-        return GatherOperator(signs, 2.0, dtype), signs.to(dtype)
-    return SignOperator(signs, 2.0), signs.to(dtype)
+        return GatherOperator(signs, 2.0, dtype, 0.25), signs.to(dtype) / 4
+    return SignOperator(signs, 2.0, 0.25), signs.to(dtype) / 4
 
 
 def matrix(rows, columns, layout, dtype=torch.float64):
@@ -160,4 +160,4 @@ def test_rows_are_those_of_the_dense_value(kind, q, m, data):
     places = torch.tensor(data.draw(st.lists(st.integers(0, q - 1), max_size=9)), dtype=torch.int64)
     rows = b.rows(places, torch.float32)
     assert rows.scale == b.scale
-    assert torch.equal(rows.entries, dense[places].float())
+    assert torch.equal(rows.entries * rows.unit, dense[places].float())
