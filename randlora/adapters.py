@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from randlora._checks import as_positive_int, as_real, as_scaling
-from randlora.bases import BasisBank, Store, refuse_to_draw_while_compiling
-from randlora.operators import Operator
+from randlora.bases import BasisBank, Store
+from randlora.operators import Operator, tensors_of
 
 __all__ = [
     "DEFAULT",
@@ -125,6 +125,7 @@ class Adapter:
         of = "" if site.parameter == "weight" else f"{site.parameter}_"
         self.names = f"{own}{of}randlora_lambda", f"{own}{of}randlora_gamma"
         self._stores: dict[tuple[torch.device, torch.dtype], Store] = {}
+        self.traced: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Operator]] = {}
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -172,9 +173,11 @@ class Adapter:
 
     def operands(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Operator]:
         """``A`` and ``B`` from the bank, to compute with there and in ``dtype``."""
+        if torch.compiler.is_dynamo_compiling():
+            _draw(self, device, dtype)
+            return self.traced[device, dtype]
         key = device, dtype
         if key not in self._stores:
-            refuse_to_draw_while_compiling()
             self._stores[key] = self.bank.store(*key)
         return self._stores[key].operands(*self.sizes)
 
@@ -189,9 +192,26 @@ class Adapter:
     def forget_bases(self) -> None:
         """Hold no bases: they are those of another device or dtype."""
         self._stores.clear()
+        self.traced.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_stores": {}}
+        return {**vars(self), "_stores": {}, "traced": {}}
+
+
+def _draw(adapter: Adapter, device: torch.device, dtype: torch.dtype) -> None:
+    """Have ``traced`` hold the operands. A compiler runs this as it traces, and takes it nowhere.
+
+    What it reads next is the adapter's alone: of what is shared it would know an older state.
+    """
+    if (device, dtype) not in adapter.traced:
+        a, b = adapter.operands(device, dtype)
+        for tensor in (a, *tensors_of(b)):
+            torch._dynamo.mark_static(tensor)
+        adapter.traced[device, dtype] = a, b
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler.
+_draw._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unsupported(module: nn.Module, site: Site) -> str | None:

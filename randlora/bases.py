@@ -255,12 +255,12 @@ class BasisBank:
         return out
 
 
-def refuse_to_draw_while_compiling() -> None:
-    """Raise where a compiler traces: it would take the drawing into the graph."""
-    if torch.compiler.is_compiling():
+def refuse_to_draw_what_is_not_real() -> None:
+    """Raise where tensors have no values, as when a model is exported: they would be kept."""
+    if type(torch.empty(0)) is not Tensor:
         raise RuntimeError(
-            "bases cannot be drawn inside a compiled function: call the layer once before, under "
-            "autocast if it is to be compiled so"
+            "bases cannot be drawn inside a graph that is traced with tensors without values: call "
+            "the layer once before, under autocast if it is to be exported so"
         )
 
 
@@ -278,6 +278,8 @@ class Store:
         self.device = device
         self.dtype = dtype
         self.tensors: dict[tuple[int, int], Tensor] = {}
+        # Their sizes: torch.jit.trace warns of numbers that are asked of a tensor.
+        self.sizes: dict[tuple[int, int], tuple[int, int]] = {}
         self.shaped: dict[tuple[int, int], _Shaped] = {}
 
     @property
@@ -289,8 +291,7 @@ class Store:
     def operands(self, r: int, p: int, q: int, m: int) -> tuple[Tensor, Operator]:
         """``A[:r, :p]`` and ``B[:q, :m]``.
 
-        They are drawn now if they are not there or too small: not inside a compiled function, which
-        cannot draw.
+        They are drawn now if they are not there or too small.
         """
         bank = self.bank
         a = self._hold(BASE_A, r, p)
@@ -299,23 +300,23 @@ class Store:
         gathers = self.device.type == "cpu" and sum(costs) < 1000
         if bank.factored or gathers:
             if (q, m) not in self.shaped:
-                refuse_to_draw_while_compiling()
+                refuse_to_draw_what_is_not_real()
                 with torch.inference_mode(False):
                     self.shaped[q, m] = self._shaped(q, m)
             return a, self.shaped[q, m]
         b = self._hold(BASE_B, q, m)
         unit = self._unit(q, m)
         operator = SignOperator if bank.signs else DenseOperator
-        return a, operator(b, bank.scale / unit, unit)
+        return a, operator(b, bank.scale / (unit or 1), unit)
 
-    def _unit(self, q: int, m: int) -> float:
+    def _unit(self, q: int, m: int) -> float | None:
         """What the entries of ``B`` as they are held are taken times, a power of two.
 
         In float16 it gives the columns and rows of ``B`` lengths near one, so that products with
         tokens overflow no sooner than those of the plain layer. Elsewhere there is range enough.
         """
         if self.dtype != torch.float16:
-            return 1.0
+            return None
         return 2.0 ** round(math.log2(self.bank.scale) - math.log2(q * m) / 4)
 
     def _shaped(self, q: int, m: int) -> _Shaped:
@@ -327,23 +328,22 @@ class Store:
             return KroneckerOperator(left, right, (q, m))
         signs = self.bank.draw(BASE_B, (q, m), self.device, self.dtype)
         unit = self._unit(q, m)
-        return GatherOperator(signs, self.bank.scale / unit, self.dtype, unit)
+        return GatherOperator(signs, self.bank.scale / (unit or 1), self.dtype, unit)
 
     def _hold(self, base: int, rows: int, columns: int) -> Tensor:
         by_width = base == BASE_B and not self.bank.prefixes
         key = base, columns if by_width else 0
-        held = self.tensors.get(key)
-        if held is None or held.shape[0] < rows or held.shape[1] < columns:
-            refuse_to_draw_while_compiling()
-            self.tensors.pop(key, None)
-            del held  # free the smaller one first: both at once would double the peak
+        has = self.sizes.get(key, (0, 0))
+        if has[0] < rows or has[1] < columns:
+            refuse_to_draw_what_is_not_real()
+            self.tensors.pop(key, None)  # free the smaller one first: both would double the peak
             size = self.bank.sizes[base] = _larger(self.bank.sizes[base], (rows, columns))
             if by_width:
                 size = size[0], columns
             with torch.inference_mode(False):  # it outlives the call that happens to need it
-                held = self.bank.draw(base, size, self.device, self.dtype)
-            self.tensors[key] = held
-        return held[:rows, :columns]
+                self.tensors[key] = self.bank.draw(base, size, self.device, self.dtype)
+            self.sizes[key] = size
+        return self.tensors[key][:rows, :columns]
 
 
 _Shaped: TypeAlias = DenseOperator | GatherOperator | KroneckerOperator

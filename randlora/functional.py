@@ -5,12 +5,18 @@ Shapes and the mathematics are those of :mod:`randlora.kernel`.
 
 from __future__ import annotations
 
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.jit._trace import TracerWarning
 
 from randlora.kernel import EffectiveWeight, Linear
 from randlora.operators import Operator
-from randlora.planning import AUTOMATIC, Choice, Work, choose
+from randlora.planning import ANY_TOKENS, AUTOMATIC, Choice, Work, choose
 
 __all__ = ["delta_weight", "effective_weight", "randlora_linear"]
 
@@ -34,8 +40,9 @@ def delta_weight(
     Raises:
         ValueError: if the shapes do not fit each other.
     """
-    _check_shapes(lam, gamma, a, b)
-    delta: Tensor = EffectiveWeight.apply(None, lam, gamma, a, b, scaling, wide)  # type: ignore[no-untyped-call]
+    with _sizes_as_numbers():
+        _check_shapes(lam, gamma, a, b)
+        delta: Tensor = _run(EffectiveWeight, None, lam, gamma, a, b, scaling, wide, 0)
     return delta
 
 
@@ -48,16 +55,18 @@ def effective_weight(
     *,
     scaling: float = 1.0,
     wide: bool | None = None,
+    token: int = 0,
 ) -> Tensor:
     """Return ``W0 + ΔW``, shape ``(out, in)``, differentiable in ``W0``, ``Λ`` and ``Γ``.
 
     Arguments and errors are those of :func:`randlora_linear`; ``wide``, by default whether ``out <
     in``, is whether ``ΔW`` is ``(B C)ᵀ``. In low precision the sum is rounded once.
     """
-    _check_shapes(lam, gamma, a, b)
-    _check_weight(weight, gamma, b)
-    wide = weight.shape[0] < weight.shape[1] if wide is None else wide
-    w: Tensor = EffectiveWeight.apply(weight, lam, gamma, a, b, scaling, wide)  # type: ignore[no-untyped-call]
+    with _sizes_as_numbers():
+        _check_shapes(lam, gamma, a, b)
+        _check_weight(weight, gamma, b)
+        wide = weight.shape[0] < weight.shape[1] if wide is None else wide
+        w: Tensor = _run(EffectiveWeight, weight, lam, gamma, a, b, scaling, wide, token)
     return w
 
 
@@ -72,6 +81,7 @@ def randlora_linear(
     *,
     scaling: float = 1.0,
     choice: Choice = AUTOMATIC,
+    token: int = 0,
 ) -> Tensor:
     """Return ``x (W0 + ΔW)ᵀ + bias``, differentiable in every tensor but the bases.
 
@@ -89,6 +99,8 @@ def randlora_linear(
         b: ``B``, an operator of shape ``(q, n·r)``.
         scaling: the factor of the update.
         choice: what is fixed of the plan; the planner chooses the rest by cost.
+        token: a number above 0 for what is computed with. A checkpoint that recomputes the call
+            with another one raises ``torch.utils.checkpoint.CheckpointError``.
 
     Returns:
         Shape ``(..., out)``, in the dtype of ``x``.
@@ -97,9 +109,11 @@ def randlora_linear(
         TypeError: if ``x`` is not in the dtype of ``a``.
         ValueError: if the shapes do not fit each other.
     """
-    _check_shapes(lam, gamma, a, b)
     if not isinstance(choice, Choice):
         raise TypeError(f"choice must be a planning.Choice, got {type(choice).__name__}")
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return _traced(x, weight, bias, lam, gamma, a, b, scaling)
+    _check_shapes(lam, gamma, a, b)
     p, q = a.shape[1], b.shape[0]
     if weight is None:
         if bias is not None:
@@ -112,7 +126,7 @@ def randlora_linear(
     wide = in_features > p
     on = torch.is_grad_enabled()
     work = work_of(
-        x.numel() // in_features,
+        _tokens(x.numel() // in_features),
         a,
         b,
         wide,
@@ -123,7 +137,7 @@ def randlora_linear(
     )
     # A compiler takes no caches.
     plan = (choose.__wrapped__ if torch.compiler.is_compiling() else choose)(work, choice)
-    kept = Linear.apply(x, weight, bias, lam, gamma, a, b, scaling, plan, wide)  # type: ignore[no-untyped-call]
+    kept = _run(Linear, x, weight, bias, lam, gamma, a, b, scaling, plan, wide, token)
     y: Tensor = kept[0]
     return y
 
@@ -155,6 +169,58 @@ def work_of(
     )
 
 
+def known(size: int) -> bool:
+    """Whether a size is a number, and not one that a graph is to be for any value of."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    if not torch.compiler.is_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return has_static_value(size)
+
+
+def _tokens(tokens: int) -> int:
+    return tokens if known(tokens) else ANY_TOKENS
+
+
+# --- traces --------------------------------------------------------------------------------------
+
+
+def _run(function: Any, *arguments: Any) -> Any:
+    """A trace follows no autograd function: it takes the operations its forward is made of."""
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return (function.forward if tracing else function.apply)(*arguments)
+
+
+def _sizes_as_numbers() -> AbstractContextManager[Any]:
+    """A trace warns of sizes that are used as numbers. Those of weights are always the same."""
+    if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return nullcontext()
+    return warnings.catch_warnings(action="ignore", category=TracerWarning, record=False)
+
+
+# shape: x (..., in) -> (..., out)
+def _traced(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lam: Tensor,
+    gamma: Tensor,
+    a: Tensor,
+    b: Operator,
+    scaling: float,
+) -> Tensor:
+    """The linear map for a trace, which is to be for any number of tokens: through the weight."""
+    if weight is not None:
+        w = effective_weight(weight, lam, gamma, a, b, scaling=scaling)
+    else:
+        with _sizes_as_numbers():
+            wide = bool(x.shape[-1] > a.shape[1])
+        w = delta_weight(lam, gamma, a, b, scaling=scaling, wide=wide)
+    return F.linear(x, w, bias)
+
+
 # --- checks --------------------------------------------------------------------------------------
 
 
@@ -164,6 +230,8 @@ def check_input(x: Tensor, in_features: int, dtype: torch.dtype) -> None:
         raise TypeError(f"input x must be a tensor, got {type(x).__name__}")
     if x.dtype != dtype:
         raise TypeError(f"input x must be a tensor of {dtype}, got {x.dtype}")
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return  # it would take the comparison of sizes for one of data
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise ValueError(f"input x must have shape (..., {in_features}), got {tuple(x.shape)}")
 
@@ -183,7 +251,7 @@ def _check_shapes(lam: Tensor, gamma: Tensor, a: Tensor, b: Operator) -> None:
 
 
 def _check_weight(weight: Tensor, gamma: Tensor, b: Operator) -> None:
-    if sorted(weight.shape) != sorted((b.shape[0], gamma.shape[1])):
+    if (max(weight.shape), min(weight.shape)) != (b.shape[0], gamma.shape[1]):
         raise ValueError(
             f"weight of shape {tuple(weight.shape)} does not fit bases for "
             f"q={b.shape[0]} and p={gamma.shape[1]}"

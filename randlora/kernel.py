@@ -171,14 +171,23 @@ def _laid_out(matrix: Tensor, like: Tensor) -> Tensor:
     return matrix
 
 
+def _mark(like: Tensor, token: int) -> Tensor | None:
+    """No bytes, in a shape that says what was computed with: recomputation has to save the same.
+
+    There is someone to compare only where hooks get what is saved.
+    """
+    if not token or torch.compiler.is_compiling():
+        return None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else like.new_empty((0, token))
+
+
 def _owned(result: Tensor) -> Tensor:
     """The result of an autograd function as no view: a view from there forbids writing in place.
 
-    Where a trace runs the function as plain operations it may be one, and a compiler has no views.
+    Where a trace runs the function as plain operations it may be one.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return result
-    return result.detach() if result._is_view() else result
+    return result if torch.is_grad_enabled() else result.detach()
 
 
 def _summed(
@@ -227,19 +236,20 @@ class EffectiveWeight(torch.autograd.Function):
         b: Operator,
         scaling: float,
         wide: bool,
+        token: int,
     ) -> Tensor:
         with _autocast_off(lam.device):
             return _owned(_Update(lam, gamma, a, b, scaling, wide).whole(weight))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, lam, gamma, ctx.a, ctx.b, ctx.scaling, ctx.wide = inputs
-        ctx.save_for_backward(lam, gamma)
+        _, lam, gamma, ctx.a, ctx.b, ctx.scaling, ctx.wide, token = inputs
+        ctx.save_for_backward(lam, gamma, _mark(lam, token))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dw,) = grads
-        lam, gamma = ctx.saved_tensors
+        lam, gamma, _ = ctx.saved_tensors
         needs_weight, needs_lam, needs_gamma, *_ = ctx.needs_input_grad
         d_lam = d_gamma = None
         with _autocast_off(dw.device):
@@ -253,7 +263,7 @@ class EffectiveWeight(torch.autograd.Function):
                         for t in update.tiles()
                     ],
                 )
-        return (dw if needs_weight else None, d_lam, d_gamma, None, None, None, None)
+        return (dw if needs_weight else None, d_lam, d_gamma, None, None, None, None, None)
 
 
 class Linear(torch.autograd.Function):
@@ -275,6 +285,7 @@ class Linear(torch.autograd.Function):
         scaling: float,
         plan: Plan,
         wide: bool,
+        token: int,
     ) -> tuple[Tensor, ...]:
         with _autocast_off(x.device):
             update = _Update(lam, gamma, a, b, scaling, wide)
@@ -298,7 +309,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, weight, _, lam, gamma, ctx.a, ctx.b, ctx.scaling, plan, ctx.wide = inputs
+        x, weight, _, lam, gamma, ctx.a, ctx.b, ctx.scaling, plan, ctx.wide, token = inputs
         needs_x, needs_weight, _, needs_lam, needs_gamma, *_ = ctx.needs_input_grad
         kept = list(output[1:])
         xb = kept.pop(0) if plan.keeps == "xb" else None
@@ -313,12 +324,13 @@ class Linear(torch.autograd.Function):
             w if needs_x else None,
             lam,
             gamma,
+            _mark(lam, token),
         )
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x: Any
-        x, xb, weight, w, lam, gamma = ctx.saved_tensors
+        x, xb, weight, w, lam, gamma, _ = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_lam, needs_gamma, *_ = ctx.needs_input_grad
         needs, plan, wide, b = (needs_lam, needs_gamma), ctx.plan, ctx.wide, ctx.b
         # Those of what was kept come from second derivatives alone.
@@ -363,7 +375,7 @@ class Linear(torch.autograd.Function):
                 if dxb is not None:
                     dx = b.tokens_addmm_(dx, dxb)
                 dx = dx.view(ctx.shape)
-        return dx, d_weight, d_bias, d_lam, d_gamma, None, None, None, None, None
+        return dx, d_weight, d_bias, d_lam, d_gamma, None, None, None, None, None, None
 
 
 # shape: rows (T, out), x (T, in), left (T, m), d_weight and dw (out, in) -> (n, r), (n, p)

@@ -19,7 +19,14 @@ from torch import Tensor
 from randlora.isometry import work
 from randlora.products import addmm_, baddbmm_, bmm, changed, in_place, mm, onednn
 
-__all__ = ["DenseOperator", "GatherOperator", "KroneckerOperator", "Operator", "SignOperator"]
+__all__ = [
+    "DenseOperator",
+    "GatherOperator",
+    "KroneckerOperator",
+    "Operator",
+    "SignOperator",
+    "tensors_of",
+]
 
 _SLICE = 256  # rows or columns of signs cast at a time
 _TILE = 128  # columns gathered at a time: a table of 3,000 rows stays in a cache of 1.5 MB
@@ -83,10 +90,10 @@ class _Stored:
     weight_cost = token_cost = 1000
     by_columns = False
 
-    def __init__(self, entries: Tensor, scale: float = 1.0, unit: float = 1.0) -> None:
+    def __init__(self, entries: Tensor, scale: float = 1.0, unit: float | None = None) -> None:
         self.entries = entries
         self.scale = scale
-        self.unit = unit  # a power of two that the entries are taken times
+        self.unit = unit  # a power of two that the entries are taken times, or None for 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -202,11 +209,13 @@ class GatherOperator:
 
     by_columns = True
 
-    def __init__(self, signs: Tensor, scale: float, dtype: torch.dtype, unit: float = 1.0) -> None:
+    def __init__(
+        self, signs: Tensor, scale: float, dtype: torch.dtype, unit: float | None = None
+    ) -> None:
         self.shape = (signs.shape[0], signs.shape[1])
         self.scale = scale
         rows, columns = signs.nonzero(as_tuple=True)
-        values = signs[rows, columns].to(dtype) * unit
+        values = signs[rows, columns].to(dtype) * (1 if unit is None else unit)
         by_column = torch.argsort(columns, stable=True)
         self.by_row = _bags(rows, columns, values, signs.shape[0])
         self.by_column = _bags(
@@ -336,6 +345,15 @@ class KroneckerOperator:
     def _left_first(self, c: Tensor) -> Tensor:
         (q1, m1), (_, m2), k = self.left.shape, self.right.shape, c.shape[1]
         return mm(self.left, _padded(c, m1 * m2, 0).view(m1, m2 * k)).view(q1, m2, k)
+
+
+def tensors_of(operator: Operator) -> Iterator[Tensor]:
+    """The tensors that an operator holds."""
+    for value in vars(operator).values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, _Bags):
+            yield from value
 
 
 def _added(total: Tensor, product: Tensor) -> Tensor:

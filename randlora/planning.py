@@ -24,10 +24,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, TypeAlias
 
-__all__ = ["AUTOMATIC", "Choice", "Plan", "Work", "choose", "cost", "kept", "plans"]
+__all__ = ["ANY_TOKENS", "AUTOMATIC", "Choice", "Plan", "Work", "choose", "cost", "kept", "plans"]
 
 Way: TypeAlias = Literal["weight", "activations"]
 WAYS: tuple[Way, Way] = ("weight", "activations")
+
+
+# What a call is planned for whose tokens are not known: one of a graph for any batch.
+ANY_TOKENS = 4096
 
 
 @dataclass(frozen=True)

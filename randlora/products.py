@@ -125,7 +125,7 @@ def changed(
 
 
 # shape: a (i, j), b (j, k) -> (i, k)
-def mm(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+def mm(a: Tensor, b: Tensor, alpha: float | None = None) -> Tensor:
     """``alpha a b``, differentiable like it: where derivatives are recorded it is torch's own.
 
     By rows; by columns where ``b`` is part of a larger matrix.
@@ -135,7 +135,7 @@ def mm(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
         for rows, columns, one, other in _parts(a, b, alpha):
             product[rows, columns] = one @ other
         return product
-    if alpha != 1:
+    if alpha is not None:
         return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=alpha)
     if _allowed(a, b):
         if _suits(a, b):
@@ -161,21 +161,21 @@ def mm_wider(a: Tensor, b: Tensor) -> Tensor:
 
 
 # shape: total (i, k), a (i, j), b (j, k) -> (i, k)
-def addmm_(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+def addmm_(total: Tensor, a: Tensor, b: Tensor, alpha: float | None = None) -> Tensor:
     """``total + alpha a b``; in low precision rounded once, from the accumulator.
 
     oneDNN has no product that adds to a matrix in place: the product is there beside it for a time.
     """
     if not in_place():
-        return torch.addmm(total, a, b, alpha=alpha)
+        return torch.addmm(total, a, b, alpha=1 if alpha is None else alpha)
     if _widened(a, b):
         for rows, columns, one, other in _parts(a, b, alpha):
             part = total[rows, columns]
             part.copy_(part.float().addmm_(one, other))
-    elif alpha == 1 and _allowed(a, b) and (_suits(a, b) or _suits(b.T, a.T)):
+    elif alpha is None and _allowed(a, b) and (_suits(a, b) or _suits(b.T, a.T)):
         total += mm(a, b)
     else:
-        total.addmm_(a, b, alpha=alpha)
+        total.addmm_(a, b, alpha=1 if alpha is None else alpha)
     return total
 
 
@@ -219,7 +219,7 @@ def _widened(a: Tensor, b: Tensor) -> bool:
 
 
 def _parts(
-    a: Tensor, b: Tensor, alpha: float = 1.0
+    a: Tensor, b: Tensor, alpha: float | None = None
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """Rows of ``a`` and columns of ``alpha b`` in float32, so many that they are little memory."""
     inner = max(1, a.shape[1])
@@ -227,7 +227,7 @@ def _parts(
     for left in range(0, b.shape[1], width):
         columns = slice(left, left + width)
         other = b[:, columns].float()
-        other = other if alpha == 1 else other.mul_(alpha)
+        other = other if alpha is None else other.mul_(alpha)
         for top in range(0, len(a), height):
             rows = slice(top, top + height)
             yield rows, columns, a[rows].float(), other

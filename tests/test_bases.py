@@ -86,7 +86,7 @@ def test_what_is_computed_with_is_what_is_read(kind, dtype):
     eye = torch.eye(40, dtype=dtype)
     assert torch.equal(a, bank.a(3, 20).to(dtype))
     # Rounded as they are, and in float16 once more, at most, times the unit.
-    unit = getattr(b, "unit", 1.0)
+    unit = getattr(b, "unit", None) or 1
     dense = (bank.b(70, 40, torch.float64) / (b.scale * unit)).to(dtype) * unit
     got = b.mm(eye), b.tmm(torch.eye(70, dtype=dtype)).T
     if bank.factored:  # two factors and two products are rounded, each number at most one
