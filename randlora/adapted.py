@@ -23,6 +23,7 @@ from randlora.adapters import DEFAULT, Adapter
 from randlora.bases import Store
 from randlora.functional import delta_weight, effective_weight
 from randlora.operators import DenseOperator, Operator
+from randlora.symbolic import node
 
 __all__ = [
     "Adaptation",
@@ -194,7 +195,7 @@ def _compute(module: nn.Module, adapter: Adapter) -> Tensor:
     matrix = site.matrix(base)
     keywords: Any = {"scaling": adapter.settings.scaling, "wide": site.wide}
     if site.stack:
-        each = zip(matrix, lam, gamma, strict=True)
+        each = zip(matrix.unbind(), lam.unbind(), gamma.unbind(), strict=True)
         w = torch.stack([effective_weight(w0, la, ga, a, b, **keywords) for w0, la, ga in each])
     else:
         w = effective_weight(matrix, lam, gamma, a, b, **keywords)
@@ -376,6 +377,8 @@ def _once(made: Any, base: Any) -> Any:
 
     @wraps(base.forward)
     def forward(self: Any, *args: Any, **keywords: Any) -> Any:
+        if (recorded := node(self, args, keywords)) is not None:
+            return recorded
         held, thread = self._randlora.held, _thread()
         if thread in held:  # a call within a call
             return super(made, self).forward(*args, **keywords)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -264,6 +265,18 @@ def refuse_to_draw_what_is_not_real() -> None:
         )
 
 
+@contextmanager
+def _aside() -> Iterator[None]:
+    """Bases outlive the call that happens to need them, and are none of its operations."""
+    tracing = torch._C._get_tracing_state()  # of torch.jit.trace
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        with torch.inference_mode(False):
+            yield
+    finally:
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
+
+
 class Store:
     """The bases of one bank on one device, for computing in one dtype.
 
@@ -301,7 +314,7 @@ class Store:
         if bank.factored or gathers:
             if (q, m) not in self.shaped:
                 refuse_to_draw_what_is_not_real()
-                with torch.inference_mode(False):
+                with _aside():
                     self.shaped[q, m] = self._shaped(q, m)
             return a, self.shaped[q, m]
         b = self._hold(BASE_B, q, m)
@@ -340,7 +353,7 @@ class Store:
             size = self.bank.sizes[base] = _larger(self.bank.sizes[base], (rows, columns))
             if by_width:
                 size = size[0], columns
-            with torch.inference_mode(False):  # it outlives the call that happens to need it
+            with _aside():
                 self.tensors[key] = self.bank.draw(base, size, self.device, self.dtype)
             self.sizes[key] = size
         return self.tensors[key][:rows, :columns]

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from randlora.adapted import Adaptation, Adapted, effective, reset
 from randlora.adapters import Site, unsupported
-from randlora.functional import effective_weight, randlora_linear
+from randlora.functional import effective_weight, known, randlora_linear
 from randlora.kernel import autocast_dtype
 from randlora.layers import RandLoRALinear, linear_site, taken
+from randlora.symbolic import node
 
 __all__ = ["Handler", "handler_of", "parameter_site", "register", "sites_of"]
 
@@ -46,12 +47,16 @@ class RandLoRAEmbedding(Adapted, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows of ``W0 + ΔW``, shape ``(..., embedding_dim)``."""
+        if (recorded := node(self, (input,), {})) is not None:
+            return recorded  # type: ignore[no-any-return]
         state = self._randlora
         adapter = state.adapter("weight")
         if adapter is None:
             return super().forward(input)
-        indices = input.dtype in (torch.int32, torch.int64)
-        if state.merged or not indices or not 0 < input.numel() < self.num_embeddings:
+        indices, count = input.dtype in (torch.int32, torch.int64), input.numel()
+        # In a graph for any batch too: compilers alone look after conditions on sizes.
+        any_batch = not (known(count) or torch.compiler.is_dynamo_compiling())
+        if state.merged or not indices or any_batch or not 0 < count < self.num_embeddings:
             return F.embedding(input, self.weight, self.padding_idx)  # ΔW knows no sparse gradients
         base: Tensor | None = self._parameters["weight"]
         lam: Tensor
@@ -113,11 +118,13 @@ class AdaptedOpaque(Adapted):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return what the layer returns, and ``x ΔWᵀ`` in its dtype."""
+        module: Any = self
+        if (recorded := node(module, (input,), {})) is not None:
+            return recorded  # type: ignore[no-any-return]
         forward = super().forward  # type: ignore[misc]
         adapter = self._randlora.adapter("weight")
         if adapter is None:
             return forward(input)  # type: ignore[no-any-return]
-        module: Any = self
         needs_gradient = torch.is_grad_enabled() and input.requires_grad
         if needs_gradient and hasattr(module, "_packed_params"):
             y = _Packed.apply(input, module, forward)  # type: ignore[no-untyped-call]

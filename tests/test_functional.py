@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.checkpoint import (
+    CheckpointError,
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
@@ -689,3 +690,37 @@ def test_the_gradient_of_a_read_weight_does_not_overflow_in_float16(size, kind):
     want = run(slow, c.bases(), [t.double() for t in trained], dw.double())[1:]
     for one, other in zip(got, want, strict=True):
         assert_close(one.double(), other, 8 * torch.finfo(torch.float16).eps)
+
+
+@pytest.mark.parametrize("recomputed", [1, 2])
+@pytest.mark.parametrize("read", [False, True])
+def test_a_checkpoint_recomputed_with_another_token_is_an_error(read, recomputed):
+    """Of as many bytes as before: a token saves none."""
+    c = case(BasisBank(seed=3), 7, 5, 2, 3)
+    a, b = c.operands()
+    tokens = iter([1, recomputed])
+    lam = c.lam.requires_grad_()
+
+    def call(x):
+        token = next(tokens)
+        if read:
+            w = effective_weight(c.weight, lam, c.gamma, a, b, token=token)
+            return torch.nn.functional.linear(x, w).sin()
+        return randlora_linear(x, c.weight, c.bias, lam, c.gamma, a, b, token=token).sin()
+
+    y = checkpoint(call, c.x.requires_grad_(), use_reentrant=False)
+    if recomputed == 1:
+        y.sum().backward()
+        assert lam.grad.count_nonzero()
+    else:
+        with pytest.raises(CheckpointError, match="different metadata"):
+            y.sum().backward()
+
+
+def test_a_token_saves_nothing_where_nobody_looks():
+    c = case(BasisBank(seed=3), 7, 5, 2, 3)
+    a, b = c.operands()
+    lam = c.lam.requires_grad_()
+    y = randlora_linear(c.x, c.weight, c.bias, lam, c.gamma, a, b, token=3)
+    assert not any(t is not None and not t.numel() for t in y.grad_fn.saved_tensors)
+    y.sum().backward()
