@@ -111,7 +111,7 @@ def randlora_linear(
     """
     if not isinstance(choice, Choice):
         raise TypeError(f"choice must be a planning.Choice, got {type(choice).__name__}")
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if _tracing():
         return _traced(x, weight, bias, lam, gamma, a, b, scaling)
     _check_shapes(lam, gamma, a, b)
     p, q = a.shape[1], b.shape[0]
@@ -171,13 +171,17 @@ def work_of(
 
 def known(size: int) -> bool:
     """Whether a size is a number, and not one that a graph is to be for any value of."""
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if _tracing():
         return False
     if not torch.compiler.is_compiling():
         return True
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
     return has_static_value(size)
+
+
+def _tracing() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
 
 
 def _tokens(tokens: int) -> int:
@@ -189,13 +193,13 @@ def _tokens(tokens: int) -> int:
 
 def _run(function: Any, *arguments: Any) -> Any:
     """A trace follows no autograd function: it takes the operations its forward is made of."""
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    tracing = _tracing()
     return (function.forward if tracing else function.apply)(*arguments)
 
 
 def _sizes_as_numbers() -> AbstractContextManager[Any]:
     """A trace warns of sizes that are used as numbers. Those of weights are always the same."""
-    if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if not _tracing():
         return nullcontext()
     return warnings.catch_warnings(action="ignore", category=TracerWarning, record=False)
 
@@ -230,7 +234,7 @@ def check_input(x: Tensor, in_features: int, dtype: torch.dtype) -> None:
         raise TypeError(f"input x must be a tensor, got {type(x).__name__}")
     if x.dtype != dtype:
         raise TypeError(f"input x must be a tensor of {dtype}, got {x.dtype}")
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if _tracing():
         return  # it would take the comparison of sizes for one of data
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise ValueError(f"input x must have shape (..., {in_features}), got {tuple(x.shape)}")

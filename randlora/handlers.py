@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from randlora.adapted import Adaptation, Adapted, effective, reset
@@ -47,8 +48,8 @@ class RandLoRAEmbedding(Adapted, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows of ``W0 + ΔW``, shape ``(..., embedding_dim)``."""
-        if (recorded := node(self, (input,), {})) is not None:
-            return recorded  # type: ignore[no-any-return]
+        if isinstance(input, Proxy):
+            return node(self, (input,), {})
         state = self._randlora
         adapter = state.adapter("weight")
         if adapter is None:
@@ -119,8 +120,8 @@ class AdaptedOpaque(Adapted):
     def forward(self, input: Tensor) -> Tensor:
         """Return what the layer returns, and ``x ΔWᵀ`` in its dtype."""
         module: Any = self
-        if (recorded := node(module, (input,), {})) is not None:
-            return recorded  # type: ignore[no-any-return]
+        if isinstance(input, Proxy):
+            return node(module, (input,), {})
         forward = super().forward  # type: ignore[misc]
         adapter = self._randlora.adapter("weight")
         if adapter is None:

@@ -187,7 +187,10 @@ def _owned(result: Tensor) -> Tensor:
 
     Where a trace runs the function as plain operations it may be one.
     """
-    return result if torch.is_grad_enabled() else result.detach()
+    if torch.is_grad_enabled():
+        return result
+    view = torch.compiler.is_compiling() or result._is_view()  # the compiler cannot say
+    return result.detach() if view else result
 
 
 def _summed(

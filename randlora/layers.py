@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from randlora._checks import as_positive_int
 from randlora.adapted import Adapted, adapted_class, delta, effective, install, reset
@@ -230,8 +231,8 @@ class RandLoRALinear(Adapted, nn.Linear):
             TypeError: if ``x`` is not in the dtype of the weight and autocast is off.
             ValueError: if the last dimension of ``x`` is not ``in_features``.
         """
-        if (recorded := node(self, (input,), {})) is not None:
-            return recorded  # type: ignore[no-any-return]
+        if isinstance(input, Proxy):
+            return node(self, (input,), {})
         weight, bias = self.base_weight, self.bias
         state = self._randlora
         adapter = state.adapter("weight")

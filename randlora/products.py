@@ -110,7 +110,7 @@ def in_place() -> bool:
     return (
         not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        and torch._C._get_tracing_state() is None
     )
 
 
@@ -249,10 +249,10 @@ def _allowed(a: Tensor, b: Tensor) -> bool:
     """Whether the product may go to oneDNN, which knows no derivatives and no subclasses."""
     (rows, inner), columns = a.shape, b.shape[1]
     return (
-        _plain(a, b)
+        onednn(a.dtype, a.device)
+        and _plain(a, b)
         and min(rows, inner, columns) >= _SMALLEST
         and rows * inner * columns >= _LEAST
-        and onednn(a.dtype, a.device)
         and a.dtype == b.dtype
         and bool(torch.backends.mkldnn.enabled)
     )

@@ -179,7 +179,7 @@ def results(model, x, call=None):
     """What the model returns, and all gradients of it."""
     x = x.detach().requires_grad_(x.is_floating_point())
     leaves = [*([x] if x.requires_grad else []), *randlora.adapter_parameters(model)]
-    y = (call or model)(x)
+    y = (model if call is None else call)(x)
     generator = torch.Generator().manual_seed(5)
     probe = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
     return [y.detach(), *torch.autograd.grad((y * probe).sum(), leaves)]
@@ -425,3 +425,75 @@ def test_export(row, dynamic):
     for batch in (row.shape[0], 7, 300) if dynamic else (row.shape[0],):
         x = input_of(row, shape=(batch, *row.shape[1:]))
         assert close([exported(x)], [model(x)])
+
+
+# Of torch.compile itself.
+instances = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+def counted(graphs):
+    """A backend of torch.compile that counts its graphs."""
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    return backend
+
+
+LINEAR = ("wide", "very sparse", "isometric")
+linear_rows = pytest.mark.parametrize("row", [ROWS[name] for name in LINEAR], ids=LINEAR)
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+@instances
+@linear_rows
+def test_compiled_for_any_batch(row, dynamic):
+    """In one graph, or where torch finds out by itself in two: none for each size."""
+    torch._dynamo.reset()
+    model, graphs = trained(make(row)[1]), []
+    compiled = torch.compile(model, backend=counted(graphs), dynamic=dynamic, fullgraph=True)
+    for batch in (3, 9, 300, 3000):
+        x = input_of(row, shape=(batch, *row.shape[1:]))
+        assert close(results(model, x, compiled), results(model, x))
+    assert len(graphs) <= (1 if dynamic else 2)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@instances
+@linear_rows
+def test_compiled_under_autocast_without_a_call_before(row, fullgraph):
+    torch._dynamo.reset()
+    torch.manual_seed(2)
+    model = nn.Sequential(row.make(), nn.ReLU(inplace=True), nn.Linear(row.make().out_features, 6))
+    randlora.inject(model, **{"rank": 2, **row.keywords})
+    trained(model)
+    graphs = []
+    compiled = torch.compile(model, backend=counted(graphs), fullgraph=fullgraph)
+    x = input_of(row, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            # The same operations but for sums that are formed in parts where nobody watches.
+            assert close([compiled(x)], [model(x)], 2 * torch.finfo(torch.bfloat16).eps)
+    assert len(graphs) == 1
+
+
+def test_exported_under_autocast_it_asks_for_a_call_before():
+    _, model = make(ROWS["tall"], torch.float32)
+    x = input_of(ROWS["tall"], torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError, match="call the layer once before, under autocast"):
+            torch.export.export(model, (x,), strict=False)
+        want = model(x)
+        exported = torch.export.export(model, (x,), strict=False).module()
+        assert exported(x).shape == want.shape
+
+
+@instances
+@linear_rows
+def test_compiled_it_may_be_written_in_place(row):
+    torch._dynamo.reset()
+    model = trained(make(row, after=torch.relu_)[1])
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = input_of(row)
+    assert close(results(model, x, compiled), results(model, x))
