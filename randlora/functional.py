@@ -255,7 +255,8 @@ def _check_shapes(lam: Tensor, gamma: Tensor, a: Tensor, b: Operator) -> None:
 
 
 def _check_weight(weight: Tensor, gamma: Tensor, b: Operator) -> None:
-    if (max(weight.shape), min(weight.shape)) != (b.shape[0], gamma.shape[1]):
+    fitting = b.shape[0], gamma.shape[1]
+    if tuple(weight.shape) not in (fitting, fitting[::-1]):
         raise ValueError(
             f"weight of shape {tuple(weight.shape)} does not fit bases for "
             f"q={b.shape[0]} and p={gamma.shape[1]}"

@@ -273,7 +273,7 @@ def test_no_layout_of_the_input_changes_a_gradient(row, layout):
 @with_gradients
 def test_large_activations_in_float16(row):
     plain, model = make(row, torch.float16)
-    x = 300 * input_of(row, torch.float16)
+    x = 8000 * input_of(row, torch.float16)  # of sums of eight numbers, not of a thousand
     want = plain.requires_grad_()(x)
     assert want.isfinite().all()
     got = model(x)
@@ -282,7 +282,7 @@ def test_large_activations_in_float16(row):
     with torch.no_grad():
         for parameter in randlora.adapter_parameters(model):
             parameter.fill_(0.01)
-    probe = torch.randn(want.shape).half()
+    probe = torch.randn(want.shape).half() / 64
     if want.requires_grad:
         (want * probe).sum(dtype=torch.float32).backward()
         assert all(p.grad.isfinite().all() for p in plain.parameters())  # it can be had
