@@ -255,9 +255,9 @@ def _check_shapes(lam: Tensor, gamma: Tensor, a: Tensor, b: Operator) -> None:
 
 
 def _check_weight(weight: Tensor, gamma: Tensor, b: Operator) -> None:
-    fitting = b.shape[0], gamma.shape[1]
-    if tuple(weight.shape) not in (fitting, fitting[::-1]):
+    (out, in_), q, p = weight.shape, b.shape[0], gamma.shape[1]
+    # One by one: compilers do not look for sizes that they do not know in tuples.
+    if not ((out == q and in_ == p) or (out == p and in_ == q)):
         raise ValueError(
-            f"weight of shape {tuple(weight.shape)} does not fit bases for "
-            f"q={b.shape[0]} and p={gamma.shape[1]}"
+            f"weight of shape {tuple(weight.shape)} does not fit bases for q={q} and p={p}"
         )
