@@ -8,7 +8,15 @@ from randlora.diagnostics import rank_report, summary
 from randlora.handlers import register
 from randlora.injection import adapter_parameters, inject
 from randlora.layers import RandLoRALinear
-from randlora.merging import delete_adapter, disabled, merge, set_adapter, unload, unmerge
+from randlora.merging import (
+    delete_adapter,
+    disabled,
+    merge,
+    merged_state_dict,
+    set_adapter,
+    unload,
+    unmerge,
+)
 
 __version__ = "0.1.0"
 
@@ -25,6 +33,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "merge",
+    "merged_state_dict",
     "peft",
     "planning",
     "rank_report",

@@ -7,8 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +18,7 @@ from torch import Tensor
 from randlora.bases import Store
 from randlora.checkpoint import CheckpointError, Contents, FileError, MismatchError, read, replacing
 from randlora.contents import check_base_weights
-from randlora.diagnostics import spectrum, table
+from randlora.diagnostics import progress, spectrum, table
 from randlora.functional import delta_weight, effective_weight
 from randlora.operators import DenseOperator
 
@@ -83,9 +82,16 @@ def inspect(path: str, *, ranks: bool = False) -> None:
     print(table((*header, "rank of update") if ranks else header, rows))
     for place, (bank, digest) in enumerate(zip(contents.banks, contents.digests, strict=True)):
         print(f"bank {place}: {bank!r}, digest {str(digest)[:16]}…")
+    tops = tuple(f"{name}." for name in contents.modules_to_save)
+    in_full = {name for name in contents.saved if name.startswith(tops)}
+
+    def count(names: Iterable[str]) -> int:
+        return sum(contents.saved[name].numel() for name in names)
+
     if contents.modules_to_save:
-        count = sum(tensor.numel() for tensor in contents.saved.values())
-        print(f"trained in full: {', '.join(contents.modules_to_save)}: {count:,} numbers")
+        print(f"trained in full: {', '.join(contents.modules_to_save)}: {count(in_full):,} numbers")
+    if besides := contents.saved.keys() - in_full:
+        print(f"moved or trained besides: {', '.join(sorted(besides))}: {count(besides):,} numbers")
 
 
 def verify(path: str) -> None:
@@ -116,7 +122,7 @@ def merge(path: str, base: str, out: str, *, check_base: bool = True) -> None:
         _check(contents, entries)
         contents.check_bases()
         order = sorted(entries, key=lambda name: int(entries[name]["data_offsets"][0]))
-        with replacing(Path(out)) as target, _progress(len(order)) as step:
+        with replacing(Path(out)) as target, progress(len(order)) as step:
             target.write(len(head).to_bytes(8, "little") + head)
             for name in order:
                 lo, hi = entries[name]["data_offsets"]
@@ -239,23 +245,6 @@ def _ranks(contents: Contents, name: str) -> str:
         update = delta_weight(lam, gamma, a, DenseOperator(b), scaling=settings.scaling)
         ranks.append(spectrum(name, torch.linalg.svdvals(update), site.q, certified=False).rank)
     return f"{min(ranks)} of {site.p}"
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Any]:
-    """A bar on a terminal, which is drawn at each call."""
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if sys.stderr.isatty():
-            bar = "#" * (30 * done // total)
-            print(f"\r[{bar:<30}] {done} of {total}", end="", file=sys.stderr, flush=True)
-
-    yield step
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
 
 
 if __name__ == "__main__":

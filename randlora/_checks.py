@@ -39,8 +39,10 @@ def as_real(name: str, value: Any) -> float:
 
 
 def as_scaling(alpha: Any, rank: int) -> float:
-    """``alpha / rank``, if that is a number that float32 can hold."""
+    """``alpha / rank``, if that is a number that float32 can hold, and not zero."""
     scaling = as_real("alpha", alpha) / rank
+    if not scaling:
+        raise ValueError("alpha must not be 0: the update would be zero, whatever is trained")
     if abs(scaling) > 3.4e38:
         raise ValueError(f"alpha must leave alpha / rank within float32, got {alpha!r} / {rank}")
     return scaling

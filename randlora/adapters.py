@@ -146,7 +146,10 @@ class Adapter:
 
     def parameters(self, module: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
         """``Λ`` and ``Γ``."""
-        lam, gamma = (module._parameters[name] for name in self.names)
+        lam, gamma = (
+            module._parameters.get(name) if name in module._parameters else getattr(module, name)
+            for name in self.names  # one may be parametrized
+        )
         assert lam is not None
         assert gamma is not None
         return lam, gamma

@@ -13,15 +13,15 @@ Others have to be added to the weights: ``unload(model, merge={"one": 0.7, "othe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from randlora.adapted import Adaptation, adapted_modules
+from randlora.adapted import Adaptation, adapted_modules, set_copy
 from randlora.adapters import Adapter, check_adapter_name, weight_name
 from randlora.injection import adapt
-from randlora.merging import check_weights
+from randlora.merging import check_weights, weighted_copies
 from randlora.targets import Place
 
 __all__ = ["add_weighted_adapter"]
@@ -32,7 +32,9 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def add_weighted_adapter(model: ModelT, weights: Mapping[str, float], adapter: str) -> ModelT:
     """Give ``model`` one more adapter, whose updates are ``Σ w ΔW`` of others; it is not active.
 
-    ``modules_to_save`` are what they are: they belong to no adapter. Dropout is the first one's.
+    So are the differences of what the others trained in full to the originals. Buffers that moved
+    are averaged by the weights (integer ones are those of the adapter with the most). Dropout is
+    the first one's.
 
     Args:
         model: an adapted model.
@@ -51,7 +53,7 @@ def add_weighted_adapter(model: ModelT, weights: Mapping[str, float], adapter: s
     modules = adapted_modules(model)
     weights = check_weights("weights", weights, modules)
     check_adapter_name(adapter)
-    if any(adapter in module._randlora.adapters for module in modules.values()):
+    if any(adapter in module._randlora.names for module in modules.values()):
         raise ValueError(f"adapter must be a new name, but the model has {adapter!r}")
     updates, numbers = {}, {}
     for path, module in modules.items():
@@ -72,8 +74,14 @@ def add_weighted_adapter(model: ModelT, weights: Mapping[str, float], adapter: s
                     f"weights must give finite numbers, but the sum for "
                     f"{weight_name(path, parameter)!r} has others"
                 )
-    adapt(model, adapter, updates, (), freeze=False)
+    made: dict[Any, Tensor] = {}
+    copies = {module: weighted_copies(module, weights, made) for module in modules.values()}
+    in_full = [m for m in modules.values() if m._randlora.in_full & weights.keys()]
+    adapt(model, adapter, updates, in_full, copies, freeze=False)
     with torch.no_grad():
+        for module, tensors in copies.items():
+            for name, value in tensors.items():
+                set_copy(module, module._randlora.copies[adapter][name], value)
         for (module, site), values in numbers.items():
             state: Adaptation = vars(module)["_randlora"]
             ours = state.adapters[adapter][site.parameter]

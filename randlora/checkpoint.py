@@ -47,7 +47,6 @@ from randlora.contents import (
     collect,
     known_adapter,
     restore,
-    saved_state,
 )
 from randlora.peft_bases import PEFT_KINDS, PeftBank
 from randlora.streams import FORMAT_VERSION
@@ -168,7 +167,8 @@ def adapter_state_dict(model: nn.Module, *, adapter: str | None = None) -> dict[
         adapter: of which adapter; by default the active one.
 
     Returns:
-        ``Λ`` and ``Γ`` of each adapted weight, and the state of ``modules_to_save``.
+        ``Λ`` and ``Γ`` of each adapted weight, and the adapter's copies of what it trains in full
+        and of buffers that move.
 
     Raises:
         TypeError: if ``adapter`` is not a name.
@@ -176,13 +176,11 @@ def adapter_state_dict(model: nn.Module, *, adapter: str | None = None) -> dict[
     """
     modules = adapted_modules(model)
     adapter = known_adapter(modules, adapter)
-    state = {
-        f"{path}.{name}" if path else name: parameter.detach()
+    return {
+        f"{path}.{key}" if path else key: getattr(module, key).detach()
         for path, module in modules.items()
-        for update in module._randlora.adapters.get(adapter, {}).values()
-        for name, parameter in zip(update.names, update.parameters(module), strict=True)
+        for key in module._randlora.keys(adapter)
     }
-    return {**state, **saved_state(model)[1]}
 
 
 def save_adapter(
@@ -191,26 +189,37 @@ def save_adapter(
     *,
     adapter: str | None = None,
     dtype: torch.dtype | None = None,
+    trained_besides: bool | None = None,
 ) -> None:
     """Write an adapter to a file, in the place of what was there only once all of it is written.
 
+    It holds all that the training of the adapter changed: ``Λ``, ``Γ``, the ``modules_to_save``,
+    and buffers that are not what they were, such as the statistics of a BatchNorm.
+
     Args:
-        model: an adapted model, merged or not.
+        model: an adapted model, merged or not, or what ``torch.compile`` or
+            ``DistributedDataParallel`` made of one.
         path: where to; ends in ``.safetensors`` (which needs the package of that name) or ``.pt``.
         adapter: which one; by default the active one.
         dtype: to store the trained numbers in, ``torch.float32`` or ``torch.bfloat16``; by default
             as they are.
+        trained_besides: whether parameters that require gradients and are not the adapter's, a bias
+            say, are saved as a part of it; by default they are an error.
 
     Raises:
         TypeError: if an argument is of the wrong type.
-        ValueError: if no layer of ``model`` is adapted, or none under this name, a number is not
-            finite, or the path has another ending.
+        ValueError: if no layer of ``model`` is adapted, or none under this name, parts of it have
+            different active adapters, something else is trained, a number is not finite, or the
+            path has another ending.
         OSError: if the file cannot be written. What was there before is still there.
     """
     target = _path(path)
     if dtype is not None and dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype!r}")
-    contents = collect(model, adapter, dtype)
+    if trained_besides not in (None, True, False):
+        raise TypeError(f"trained_besides must be True, False or None, got {trained_besides!r}")
+    with torch.device("cpu"):  # whatever the default device is
+        contents = collect(model, adapter, dtype, trained_besides)
     tensors = {name: tensor.contiguous() for name, tensor in contents.tensors().items()}
     header = contents.header()
     header["checksum"] = _checksum(header, tensors)
@@ -349,7 +358,8 @@ def load_adapter(
 ) -> ModelT:
     """Load an adapter from a file: adapt ``model`` as the file says, unless it is so already.
 
-    Either all is loaded, or there is an error and the model is what it was.
+    Either all is loaded, or there is an error and the model is what it was. What the file has of
+    tensors that were trained in full, or moved, goes into copies of this adapter.
 
     Args:
         model: a plain model; or one that has an adapter of this name, which must be the file's in
@@ -376,5 +386,5 @@ def load_adapter(
     if not isinstance(check_base, bool):
         raise TypeError(f"check_base must be True or False, got {check_base!r}")
     check_adapter_name(adapter)
-    contents = read(path)
-    return restore(model, contents, adapter, check_base=check_base)
+    with torch.device("cpu"):  # whatever the default device is
+        return restore(model, read(path), adapter, check_base=check_base)

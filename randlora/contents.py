@@ -7,19 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from randlora.adapted import Adapted, adapted_modules
+from randlora.adapted import (
+    Adapted,
+    active_adapter,
+    adapted_modules,
+    fold_again,
+    is_same,
+    own_names,
+    set_copy,
+    state_of,
+    tensor_of,
+)
 from randlora.adapters import Settings, Site, check_adapter_name
 from randlora.bases import BasisBank
 from randlora.handlers import parameter_site
-from randlora.injection import adapt, untrainable
+from randlora.injection import adapt, add_copies, untrainable
+from randlora.patterns import modules_by_name
 from randlora.peft_bases import PeftBank
 from randlora.streams import FORMAT_VERSION
-from randlora.targets import SAVED, Place
+from randlora.targets import BESIDES, Place, device_of, moving_buffers, tensor_names
 
 __all__ = [
     "BASE",
@@ -38,7 +49,6 @@ __all__ = [
     "collect",
     "known_adapter",
     "restore",
-    "saved_state",
 ]
 
 FORMAT = 1
@@ -141,24 +151,74 @@ class Contents:
 
 def known_adapter(modules: Mapping[str, Any], adapter: str | None) -> str:
     """``adapter``, or the active one, if the model has it."""
-    states = [module._randlora for module in modules.values()]
-    adapter = states[0].active if adapter is None else check_adapter_name(adapter)
-    known = dict.fromkeys(name for state in states for name in state.adapters)
+    adapter = active_adapter(modules) if adapter is None else check_adapter_name(adapter)
+    known = dict.fromkeys(name for m in modules.values() for name in m._randlora.names)
     if adapter not in known:
         raise ValueError(f"adapter must be one of {', '.join(map(repr, known))}, got {adapter!r}")
     return adapter
 
 
-def saved_state(model: nn.Module) -> tuple[tuple[str, ...], dict[str, Tensor]]:
-    """The names of the ``modules_to_save``, and their tensors by full names."""
-    names = tuple(name for name, m in model.named_modules() if SAVED in vars(m))
-    prefixes = tuple(f"{name}." if name else "" for name in names)
-    state = model.state_dict() if names else {}
-    return names, {
-        name: tensor
-        for name, tensor in state.items()
-        if name.startswith(prefixes) and isinstance(tensor, Tensor)
-    }
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _saved(modules: Mapping[str, Any], adapter: str) -> dict[str, Tensor]:
+    """What an adapter has copies of, by the names of the originals: buffers where they moved."""
+    saved: dict[str, Tensor] = {}
+    for path, module in modules.items():
+        state = module._randlora
+        for name, key in state.copies.get(adapter, {}).items():
+            copied = tensor_of(module, key)
+            if copied is None:
+                raise ValueError(
+                    f"model must have what it had to be saved, but {_joined(path, name)!r} was set "
+                    "to None"
+                )
+            moves = name in module._buffers and adapter not in state.in_full
+            if not (moves and is_same(tensor_of(module, name), copied)):
+                saved[_joined(path, name)] = copied
+    return saved
+
+
+def _besides(model: nn.Module, adapter: str, include: bool | None) -> dict[str, Tensor]:
+    """What was trained besides an adapter, by name.
+
+    Buffers that move belong to it as well: a layer that was put into its model by hand came with
+    no copies of those around it.
+
+    Raises:
+        ValueError: if parameters are trained, and ``include`` does not say what to do about them;
+            or if they are to be included, but one has an update too: a file has no place for it.
+    """
+    trained: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    updated = []
+    for path, module in modules_by_name(model):
+        state = state_of(module)
+        known = {*state.copies.get(adapter, {}), *own_names(module)}
+        before = vars(module).get(BESIDES, {}).get(adapter, ())
+        for name in tensor_names(module):
+            parameter = module._parameters.get(name)
+            if name in known:
+                continue
+            if parameter is not None and (parameter.requires_grad or name in before):
+                trained[_joined(path, name)] = parameter
+                if name in state.adapters.get(adapter, {}):
+                    updated.append(_joined(path, name))
+            elif parameter is None and name in moving_buffers(module):
+                buffers[_joined(path, name)] = cast(Tensor, module._buffers[name])
+    names = ", ".join([*list(trained)[:8], "…"] if len(trained) > 8 else trained)
+    if trained and include is None:
+        raise ValueError(
+            f"model must train nothing but the adapter to be saved, but trains {names} besides; "
+            "trained_besides=True saves it as a part of the adapter, False leaves it out"
+        )
+    if updated and include:
+        raise ValueError(
+            f"model must have frozen base weights to be saved, but trains {', '.join(updated)} "
+            "beside an update of it; trained_besides=False leaves it out"
+        )
+    return {**(trained if include else {}), **buffers}
 
 
 def _samples(weight: Tensor | None) -> Tensor:
@@ -169,11 +229,17 @@ def _samples(weight: Tensor | None) -> Tensor:
     return weight.detach().reshape(-1)[places.to(weight.device)].float().cpu()
 
 
-def collect(model: nn.Module, adapter: str | None, dtype: torch.dtype | None) -> Contents:
+def collect(
+    model: nn.Module,
+    adapter: str | None,
+    dtype: torch.dtype | None,
+    trained_besides: bool | None = None,
+) -> Contents:
     """Take an adapter, by default the active one, from a model, its numbers in ``dtype``.
 
     Raises:
-        ValueError: if no layer is adapted, or none under this name, or a number is not finite.
+        ValueError: if no layer is adapted, or none under this name, or a number is not finite; or
+            if something else is trained, unless that is said to be included or left out.
     """
     from randlora import __version__
 
@@ -184,7 +250,7 @@ def collect(model: nn.Module, adapter: str | None, dtype: torch.dtype | None) ->
     numbers, base = {}, {}
     for path, module in modules.items():
         for parameter, update in module._randlora.adapters.get(adapter, {}).items():
-            name = f"{path}.{parameter}" if path else parameter
+            name = _joined(path, parameter)
             if name == BASE or name.startswith(RESERVED[1:]):
                 raise ValueError(f"model must have no weight called {name!r}, to be saved")
             if update.bank not in banks:
@@ -199,7 +265,8 @@ def collect(model: nn.Module, adapter: str | None, dtype: torch.dtype | None) ->
                 )
             weight = module._parameters.get(parameter)
             base[name] = _samples(weight if type(weight) is nn.Parameter else None)
-    to_save, saved = saved_state(model)
+    saved = _saved(modules, adapter)
+    saved |= _besides(model, adapter, trained_besides)
     for name, tensor in saved.items():
         if tensor.isnan().any():
             raise ValueError(
@@ -212,11 +279,15 @@ def collect(model: nn.Module, adapter: str | None, dtype: torch.dtype | None) ->
         numbers=numbers,
         base=torch.stack([base[name] for name in sorted(base)]),
         saved={name: tensor.detach().cpu().clone() for name, tensor in saved.items()},  # untied
-        modules_to_save=to_save,
+        modules_to_save=_in_full(modules, adapter),
         version=__version__,
     )
     digests = tuple(bank.digest(contents.sizes(place)) for place, bank in enumerate(banks))
     return replace(contents, digests=digests)
+
+
+def _in_full(modules: Mapping[str, Any], adapter: str) -> tuple[str, ...]:
+    return tuple(name for name, m in modules.items() if adapter in m._randlora.in_full)
 
 
 # --- to a model ----------------------------------------------------------------------------------
@@ -228,36 +299,32 @@ def restore(model: ModelT, contents: Contents, adapter: str, *, check_base: bool
     Raises:
         CheckpointError: if they do not fit; ``model`` is then what it was.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(modules_by_name(model, remove_duplicate=False))
     targets = {name: _target(modules, name, site) for name, (site, *_) in contents.updates.items()}
+    adapted = [module for module in dict.fromkeys(modules.values()) if isinstance(module, Adapted)]
     present = {
         (module, parameter): update
-        for module in model.modules()
-        if isinstance(module, Adapted)
+        for module in adapted
         for parameter, update in module._randlora.adapters.get(adapter, {}).items()
     }
     saved_modules = _saved_modules(contents, modules)
     _check_places(model, targets, saved_modules)
     if present:
-        _check_same(contents, targets, present)
-        ours = {module for module in model.modules() if SAVED in vars(module)}
-        if ours != saved_modules:
+        _check_same(contents, targets, present, modules)
+        holding = {module for module in saved_modules if tensor_names(module)}
+        if {m for m in adapted if adapter in m._randlora.in_full} != holding:
+            ours = [n for n, m in modules.items() if adapter in state_of(m).in_full]
             raise MismatchError(
                 "file and model must train the same modules in full, but the file has "
-                f"{list(contents.modules_to_save)}, the model {list(saved_state(model)[0])}"
+                f"{list(contents.modules_to_save)}, the model {ours}"
             )
-    saved = _check_saved(contents, model)
+    saved = _check_saved(contents, modules, saved_modules)
     if check_base:
         check_base_weights(contents, dict(_weights(targets)))
     contents.check_bases()
 
     if not present:
-        known = [
-            other.bank
-            for module in model.modules()
-            if isinstance(module, Adapted)
-            for other in module._randlora.all()
-        ]
+        known = [other.bank for module in adapted for other in module._randlora.all()]
         banks = [next((o for o in known if o.same_recipe(b)), b) for b in contents.banks]
         order = {module: list(module._parameters) for module in model.modules()}
         ranks = {module: place for place, module in enumerate(order)}
@@ -271,7 +338,14 @@ def restore(model: ModelT, contents: Contents, adapter: str, *, check_base: bool
             targets[name]: (contents.updates[name][1], banks[contents.updates[name][2]])
             for name in sorted(contents.updates, key=position)
         }
-        adapt(model, adapter, updates, saved_modules)
+    lacking = _without_copies(saved, adapter)
+    try:
+        if present:
+            add_copies(model, adapter, lacking)
+        else:
+            adapt(model, adapter, updates, saved_modules, lacking)
+    except TypeError as error:
+        raise MismatchError(str(error)) from error
     with torch.no_grad():
         for name, numbers in contents.numbers.items():
             module: Any = targets[name].module
@@ -282,9 +356,31 @@ def restore(model: ModelT, contents: Contents, adapter: str, *, check_base: bool
             rank = update.settings.rank
             lam.copy_(numbers[..., :rank])
             gamma.copy_(numbers[..., rank:])
-        for tensor, value in saved:
-            tensor.copy_(value)
+        for module in dict.fromkeys(modules.values()):
+            for name, key in state_of(module).copies.get(adapter, {}).items():
+                original = tensor_of(module, name)
+                value = saved.get((module, name), original)
+                if value is not None and original is not None:
+                    set_copy(module, key, value.to(original.device, original.dtype))
+    for (module, name), value in saved.items():
+        if tensor_of(module, name) is None:  # a buffer that is made when it is needed
+            module._buffers[name] = value.to(device_of(module))
+    for module in dict.fromkeys(modules.values()):
+        if isinstance(module, Adapted):
+            fold_again(module)
     return model
+
+
+def _without_copies(
+    saved: Mapping[tuple[nn.Module, str], Tensor], adapter: str
+) -> dict[nn.Module, list[str]]:
+    """What of the tensors of a file an adapter has no copies of."""
+    lacking: dict[nn.Module, list[str]] = {}
+    for module, name in saved:
+        there = tensor_of(module, name) is not None
+        if there and name not in state_of(module).copies.get(adapter, {}):
+            lacking.setdefault(module, []).append(name)
+    return lacking
 
 
 def _target(modules: Mapping[str, nn.Module], name: str, site: Site) -> Place:
@@ -308,14 +404,22 @@ def _size(site: Site) -> str:
     return size + ", transposed" * site.transposed + ", not to be read" * site.opaque
 
 
-def _check_same(contents: Contents, targets: Mapping[str, Place], present: Any) -> None:
+def _check_same(
+    contents: Contents,
+    targets: Mapping[str, Place],
+    present: Any,
+    modules: Mapping[str, nn.Module],
+) -> None:
     """Raise unless an adapter that is there is that of the file."""
+    names: dict[nn.Module, str] = {}
+    for name, module in modules.items():
+        names.setdefault(module, name)
     wanted = {(module, site.parameter): name for name, (module, site) in targets.items()}
     missing = [name for place, name in wanted.items() if place not in present]
     if missing:
         raise MismatchError(f"the model's adapter has no update for {', '.join(missing)}")
     extra = [
-        f"{parameter} of a {type(module).__name__}"
+        repr(_joined(names[module], parameter))
         for module, parameter in present
         if (module, parameter) not in wanted
     ]
@@ -323,6 +427,8 @@ def _check_same(contents: Contents, targets: Mapping[str, Place], present: Any) 
         raise MismatchError(f"the file has no update for {', '.join(extra)}, which the model has")
     for place, name in wanted.items():
         _, settings, bank = contents.updates[name]
+        if not set(present[place].names) <= place[0]._parameters.keys():
+            raise MismatchError(f"the update of {name!r} is parametrized here")
         ours, theirs = present[place].settings, replace(settings, asked_rank=0)
         if replace(ours, asked_rank=0) != theirs:
             raise MismatchError(f"the update of {name!r} is {settings} in the file, here {ours}")
@@ -358,30 +464,46 @@ def _check_places(
             )
         names[place] = name
         module = place.module
-        if module in saved_modules or SAVED in vars(module):
+        if module in saved_modules:
             raise MismatchError(f"{name!r} cannot be adapted and trained in full at once")
         if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
             raise MismatchError(f"{name!r} is on the meta device; materialise the model first")
 
 
-def _check_saved(contents: Contents, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """What is to be copied into the ``modules_to_save``, checked."""
-    state = model.state_dict() if contents.modules_to_save else {}
-    prefixes = tuple(f"{name}." for name in contents.modules_to_save)
-    lacking = [name for name in state if name.startswith(prefixes) and name not in contents.saved]
+def _check_saved(
+    contents: Contents, modules: Mapping[str, nn.Module], saved_modules: set[nn.Module]
+) -> dict[tuple[nn.Module, str], Tensor]:
+    """What is to be in copies, by module and name, checked."""
+    found: dict[tuple[nn.Module, str], Tensor] = {}
+    for full, value in contents.saved.items():
+        path, _, name = full.rpartition(".")
+        module = modules.get(path)
+        tensor = None if module is None else tensor_of(module, name)
+        if module is not None and tensor is None and name in module._buffers:
+            found[module, name] = value
+            continue
+        if module is None or tensor is None or tensor.shape != value.shape:
+            has = "nothing" if tensor is None else tuple(tensor.shape)
+            raise MismatchError(
+                f"the file has {full!r} of shape {tuple(value.shape)}, the model {has}"
+            )
+        if name not in tensor_names(module) or full in contents.updates:
+            raise MismatchError(f"the file has {full!r}, which is no tensor of the plain model")
+        if isinstance(tensor, nn.Parameter) and (reason := untrainable(module)):
+            raise MismatchError(
+                f"the file has {full!r}, trained in full; in the model it has {reason}"
+            )
+        found[module, name] = value
+    lacking = [
+        f"{path}.{name}"
+        for path, module in modules.items()
+        if module in saved_modules
+        for name in tensor_names(module)
+        if (module, name) not in found
+    ]
     if lacking:
         raise MismatchError(f"the file has nothing for {', '.join(lacking)}")
-    pairs = []
-    for name, value in contents.saved.items():
-        if not name.startswith(prefixes):
-            raise MismatchError(f"the file has {name!r}, which is in no module trained in full")
-        if name not in state or state[name].shape != value.shape:
-            has = tuple(state[name].shape) if name in state else "nothing"
-            raise MismatchError(
-                f"the file has {name!r} of shape {tuple(value.shape)}, the model {has}"
-            )
-        pairs.append((state[name], value))
-    return pairs
+    return found
 
 
 def _weights(targets: Mapping[str, Place]) -> Iterator[tuple[str, Tensor | None]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +16,24 @@ from randlora.adapted import adapted_modules, delta
 from randlora.adapters import Adapter, weight_name
 from randlora.bases import BasisBank
 from randlora.layers import RandLoRALinear
+from randlora.patterns import Target, selected
 from randlora.planning import Plan
-from randlora.targets import left_out
+from randlora.targets import left_out, names_of, stacks
 
 __all__ = [
     "LayerRank",
     "LayerSummary",
     "RankReport",
     "Summary",
+    "progress",
     "rank_report",
     "spectrum",
     "summary",
     "table",
 ]
+
+
+_STACK = "a stack of matrices,"  # why a parameter is left out
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Summary:
     """What :func:`summary` found; a table when printed.
 
     ``adapters`` are the names of all, the active one first. ``left_out`` has the layers that could
-    be adapted and are not, with the reason.
+    be adapted and are not, with the reason, and so the parameters that are stacks of matrices.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -92,11 +99,16 @@ class Summary:
         lines = [table(header if planned else header[:-1], rows)]
         heads = {name: why for name, why in self.left_out.items() if why.startswith("output head")}
         lines += [f"left out: {name} ({why})" for name, why in heads.items()]
-        if others := len(self.left_out) - len(heads):
+        stacked = {name: why for name, why in self.left_out.items() if why.startswith(_STACK)}
+        for name, why in list(stacked.items())[:1]:
+            more = f", and {len(stacked) - 1} more such" * (len(stacked) > 1)
+            lines.append(f"left out: {name} ({why}){more}")
+        if others := len(self.left_out) - len(heads) - len(stacked):
             lines.append(f"left out: {others} more, see left_out")
-        if len(self.adapters) > 1:
-            active, *rest = self.adapters
-            lines.append(f"adapter {active!r}; not active: {', '.join(map(repr, rest))}")
+        active = list(dict.fromkeys(layer.adapter for layer in self.layers)) or self.adapters[:1]
+        if rest := [name for name in self.adapters if name not in active]:
+            names = ", ".join(map(repr, active))
+            lines.append(f"adapter {names}; not active: {', '.join(map(repr, rest))}")
         banks = ", ".join(map(repr, self.banks))
         return "\n".join(lines) + (
             f"\n{banks}: {self.bank_bytes / 2**20:.2f} MiB for {len(self.layers)} layers\n"
@@ -173,12 +185,16 @@ def summary(model: nn.Module, tokens: int | None = None) -> Summary:
     found = _active(model)
     states = [module._randlora for module in adapted_modules(model).values()]
     banks = {id(other.bank): other.bank for state in states for other in state.all()}
-    names = [states[0].active, *(name for state in states for name in state.adapters)]
+    names = [s.active for s in states] + [name for state in states for name in state.names]
+    left = {
+        name: f"{_STACK} {' x '.join(map(str, shape))}, which target_parameters adapts"
+        for name, shape in stacks(model).items()
+    }
     return Summary(
         layers=tuple(
             LayerSummary(
                 name=name,
-                adapter=states[0].active,
+                adapter=module._randlora.active,
                 stack=adapter.site.stack,
                 out_features=adapter.site.out,
                 in_features=adapter.site.in_,
@@ -192,7 +208,7 @@ def summary(model: nn.Module, tokens: int | None = None) -> Summary:
             for name, module, adapter in found
         ),
         adapters=tuple(dict.fromkeys(names)),
-        left_out=left_out(model),
+        left_out=left_out(model) | left,
         banks=tuple(banks.values()),
         bank_bytes=sum(bank.nbytes for bank in banks.values()),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -200,26 +216,58 @@ def summary(model: nn.Module, tokens: int | None = None) -> Summary:
     )
 
 
-def rank_report(model: nn.Module) -> RankReport:
+def rank_report(model: nn.Module, target_modules: Target | None = None) -> RankReport:
     """Compute the singular values of every ``ΔW`` of ``model`` in float64, and its ranks.
 
-    It takes a singular value decomposition for each layer: seconds for some thousand columns. Of an
-    isometric bank's layers it is that of the coefficients, with the exact rank and condition number
-    of ``ΔW``, where the sizes factor; the report says so.
+    It takes a singular value decomposition for each layer: seconds for some thousand columns,
+    minutes for ten thousand, so of a large model select some. Of an isometric bank's layers it is
+    that of the coefficients, with the exact rank and condition number of ``ΔW``, where the sizes
+    factor; the report says so. On a terminal a bar shows how far it is.
+
+    Args:
+        model: an adapted model.
+        target_modules: which of its layers, in the form that :func:`inject` has it; by default all.
 
     Returns:
         A table when printed, a sequence of :class:`LayerRank` when read.
 
     Raises:
-        ValueError: if no layer of ``model`` is adapted.
+        TypeError: if ``target_modules`` is of the wrong type.
+        ValueError: if no layer of ``model`` is adapted, or none that was selected.
     """
-    return RankReport(
-        tuple(
-            _layer_rank(name + f"[{index}]" * bool(adapter.site.stack), module, adapter, index)
-            for name, module, adapter in _active(model)
-            for index in range(adapter.site.stack or 1)
-        )
-    )
+    found = _active(model)
+    if target_modules is not None:
+        chosen = selected("target_modules", target_modules, names_of(model))
+        found = [one for one in found if one[1] in chosen]
+        if not found:
+            raise ValueError(
+                f"target_modules must match an adapted layer, but {target_modules!r} matches none"
+            )
+    layers = []
+    with progress(sum(adapter.site.stack or 1 for _, _, adapter in found)) as step:
+        for name, module, adapter in found:
+            for index in range(adapter.site.stack or 1):
+                full = name + f"[{index}]" * bool(adapter.site.stack)
+                layers.append(_layer_rank(full, module, adapter, index))
+                step()
+    return RankReport(tuple(layers))
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal, which is drawn at each call."""
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if sys.stderr.isatty():
+            bar = "#" * (30 * done // total)
+            print(f"\r[{bar:<30}] {done} of {total}", end="", file=sys.stderr, flush=True)
+
+    yield step
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
 
 
 def _active(model: nn.Module) -> list[tuple[str, Any, Adapter]]:

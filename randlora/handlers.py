@@ -16,14 +16,22 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from randlora.adapted import Adaptation, Adapted, effective, reset
+from randlora.adapted import Adapted, bare, effective, reset
 from randlora.adapters import Site, unsupported
 from randlora.functional import effective_weight, known, randlora_linear
 from randlora.kernel import autocast_dtype
 from randlora.layers import RandLoRALinear, linear_site, taken
 from randlora.symbolic import node
 
-__all__ = ["Handler", "handler_of", "parameter_site", "register", "sites_of"]
+__all__ = [
+    "AdaptedRNN",
+    "Handler",
+    "handler_of",
+    "is_opaque",
+    "parameter_site",
+    "register",
+    "sites_of",
+]
 
 
 # --- modules that need more than weights to be read ----------------------------------------------
@@ -72,7 +80,8 @@ class RandLoRAEmbedding(Adapted, nn.Embedding):
         else:
             b = b.rows(rows, base.dtype)
         scaling = adapter.settings.scaling
-        w = effective_weight(frozen, lam, gamma, a, b, scaling=scaling, wide=wide)
+        keywords: Any = {"scaling": scaling, "wide": wide, "token": state.token}
+        w = effective_weight(frozen, lam, gamma, a, b, **keywords)
         if self.padding_idx is not None:
             w = torch.where((rows == self.padding_idx).unsqueeze(1), frozen, w)
         return w.view(*input.shape, -1)
@@ -106,12 +115,8 @@ class AdaptedRNN(Adapted):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # It makes a list of the weights, which is not to be formed, and not made here.
-        adaptation: Adaptation = state["_randlora"]
-        enabled, adaptation.enabled = adaptation.enabled, False
-        try:
+        with bare(state["_randlora"]):
             super().__setstate__(state)
-        finally:
-            adaptation.enabled = enabled
 
 
 class AdaptedOpaque(Adapted):
@@ -142,7 +147,8 @@ class AdaptedOpaque(Adapted):
         x = F.dropout(x, settings.dropout, module.training)
         a, b = adapter.operands(x.device, x.dtype)
         lam, gamma = adapter.parameters(module)
-        update = randlora_linear(x, None, None, lam, gamma, a, b, scaling=settings.scaling)
+        keywords: Any = {"scaling": settings.scaling, "token": module._randlora.token}
+        update = randlora_linear(x, None, None, lam, gamma, a, b, **keywords)
         return y + update.to(y.dtype)  # type: ignore[no-any-return]
 
 
@@ -294,6 +300,11 @@ def handler_of(module: nn.Module) -> Handler | str:
     if isinstance(entry, str):
         return f"{kind} {entry}"
     return _OPAQUE if entry.mixin is RandLoRALinear and _is_unreadable(module) else entry
+
+
+def is_opaque(handler: Handler | str) -> bool:
+    """Whether modules are called as they are, because their weights cannot be read."""
+    return handler is _OPAQUE
 
 
 def _entry(module: nn.Module) -> Handler | str | None:

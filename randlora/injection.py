@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from randlora._checks import as_positive_int, as_scaling
-from randlora.adapted import Adapted, adapted_class, adapted_modules, install
+from randlora.adapted import (
+    Adapted,
+    active_adapter,
+    adapted_class,
+    adapted_modules,
+    can_become,
+    install,
+    state_of,
+    tensor_of,
+)
 from randlora.adapters import (
     DEFAULT,
     Adapter,
@@ -20,24 +32,27 @@ from randlora.adapters import (
     weight_name,
 )
 from randlora.bases import BasisBank
-from randlora.handlers import handler_of
+from randlora.handlers import AdaptedRNN, handler_of
 from randlora.patterns import Names, Pattern, Target, beneath, matches, selected
 from randlora.peft_bases import PEFT_KINDS, PeftBank
 from randlora.streams import KINDS
 from randlora.targets import (
-    SAVED,
+    BESIDES,
+    NEW_TASK,
     Place,
     check_targets,
     chosen_weights,
     device_of,
     further_parameters,
+    moving_buffers,
     names_of,
     output_heads,
     parameter_names,
     supported_layers,
+    tensor_names,
 )
 
-__all__ = ["adapt", "adapter_parameters", "inject", "train", "untrainable"]
+__all__ = ["adapt", "adapter_parameters", "add_copies", "inject", "train", "untrainable"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -63,6 +78,13 @@ def inject(
     ``state_dict`` are what they were, beside the new ``randlora_lambda`` and ``randlora_gamma``.
     Only these, and the parameters of ``modules_to_save``, require gradients. An error leaves the
     model as it was.
+
+    **An adapter is everything that its training changes.** That is ``Λ`` and ``Γ``, the
+    ``modules_to_save``, and buffers that move, such as the statistics of a BatchNorm. Of the latter
+    two each adapter has copies of its own, which the modules use in the place of the originals:
+    ``model.head.weight`` is the copy, which is trained, and the originals keep their names in the
+    ``state_dict``. Whatever switches, disables, saves, loads or unloads an adapter, does so to all
+    of it.
 
     **Patterns.** A string of word characters, hyphens and dots is a name, and matches the modules
     whose dotted names end in it, component by component: ``"attn"`` matches ``blocks.0.attn`` and
@@ -90,10 +112,15 @@ def inject(
             targets, take one rank for all and do not lower it, and start from ``Λ = 0``.
         alpha: ``scaling`` is ``alpha / rank``; by default ``alpha = rank``, see
             :class:`RandLoRALinear`. A lowered rank does not change the scaling.
-        dropout: probability, in ``[0, 1)``, of zeroing an input of an update while training.
+        dropout: probability, in ``[0, 1)``, of zeroing an input of an update while training. The
+            numbers for it are drawn from torch's generator, so a model with dropout of its own
+            draws others there than without.
         num_bases: ``n``, by default ``ceil(p / r)`` for full rank; lowered to that where larger.
         seed: of the bases; goes with a ``basis`` that is a kind.
         modules_to_save: which modules to train in full, in the same form; these are not adapted.
+            Where it is not given and the output head is left out and frozen, though its name is
+            that of a new task's (``classifier``, ``score``, …), there is a warning; ``[]`` says
+            that this is meant.
         adapter: a name for what is added. A model may have several adapters, of which one is
             active: the first, until :func:`set_adapter` says otherwise. A bank of the same recipe
             that the model has already is used again.
@@ -121,7 +148,7 @@ def inject(
     banks: list[BasisBank] = []
     for module, aliases in names.items():
         if isinstance(module, Adapted):
-            if adapter in module._randlora.adapters:
+            if adapter in module._randlora.names:
                 raise ValueError(
                     f"model must not be adapted under the name {adapter!r} yet, but its layer "
                     f"{aliases[0]!r} is; to add an adapter, give it another name"
@@ -138,15 +165,10 @@ def inject(
     heads = output_heads(model, names, supported)
     saved = selected("modules_to_save", modules_to_save, names)
     for module in saved:
-        if isinstance(module, Adapted):
-            raise ValueError(
-                f"modules_to_save must not be adapted, but {names[module][0]!r} is already"
-            )
         if reason := untrainable(module):
             raise TypeError(
                 f"modules_to_save must be trainable, but {names[module][0]!r} has {reason}"
             )
-    saved |= {module for module in names if SAVED in vars(module)}  # by an adapter before
     targets = chosen_weights(names, supported, heads, target_modules, exclude_modules, saved)
     targets += further_parameters(names, targets, target_parameters, exclude_modules, saved)
     check_targets(names, supported, heads, targets)
@@ -155,7 +177,23 @@ def inject(
     settings = _settings(names, targets, rank, alpha, dropout, num_bases, bank.lowers_rank)
 
     updates = {target: (settings[target], bank) for target in targets}
+    if modules_to_save is None:
+        adapted = {target.module for target in targets}
+        _warn_of_frozen_heads(names, {h: why for h, why in heads.items() if h not in adapted})
     return adapt(model, adapter, updates, saved)
+
+
+def _warn_of_frozen_heads(names: Names, heads: Mapping[nn.Module, str]) -> None:
+    """Warn of the head of a new task, which is mostly drawn at random, and of no use frozen."""
+    for head, why in heads.items():
+        if why not in NEW_TASK:
+            continue
+        warnings.warn(
+            f"{names[head][0]!r} looks like the output head of a new task, and is frozen as it is; "
+            f"modules_to_save={names[head][0]!r} trains it, modules_to_save=[] says that it is to "
+            "stay so",
+            stacklevel=3,
+        )
 
 
 def adapt(
@@ -163,45 +201,103 @@ def adapt(
     adapter: str,
     updates: Mapping[Place, tuple[Settings, BasisBank]],
     saved: Iterable[nn.Module],
+    also: Mapping[nn.Module, Iterable[str]] | None = None,
     *,
     freeze: bool = True,
 ) -> ModelT:
-    """Give a model an adapter of one more name, or raise and leave it as it was."""
-    names, active = names_of(model), adapter
-    for module in names:
-        if isinstance(module, Adapted):
-            active = module._randlora.active
+    """Give a model an adapter of one more name, or raise and leave it as it was.
+
+    Args:
+        model: to be adapted.
+        adapter: the name.
+        updates: the weights that get one.
+        saved: modules that the adapter trains in full.
+        also: further parameters and buffers, by module, of which it has copies.
+        freeze: whether nothing but the active adapter is to be trained.
+    """
+    names = names_of(model)
+    before = {names[m][0]: m for m in names if isinstance(m, Adapted)}
+    active = active_adapter(before) if before else adapter
     made: dict[nn.Module, dict[Adapter, tuple[nn.Parameter, nn.Parameter]]] = {}
     for (module, site), (settings, bank) in updates.items():
         update = Adapter(adapter, site, settings, bank)
-        for name in update.names:
-            if hasattr(module, name):
-                raise TypeError(
-                    f"{names[module][0]!r} has an attribute {name!r}, which adapter {adapter!r} "
-                    "would need"
-                )
+        _refuse_taken(names[module][0], module, adapter, update.names)
         bank.reserve(*update.sizes)
         made.setdefault(module, {})[update] = update.make_parameters(device_of(module))
-    classes = {module: _class(module, ours) for module, ours in made.items()}
+    saved = set(saved)
+    wanted = {}
+    for module in names:
+        usual = tensor_names(module) if module in saved else moving_buffers(module)
+        wanted[module] = list(dict.fromkeys([*usual, *(also or {}).get(module, ())]))
+    copies = _copies(names, adapter, wanted)
+    changed = {module: made.get(module, {}) for module in (*made, *copies)}
+    classes = {m: _class(names[m][0], m, ours, copies.get(m, {})) for m, ours in changed.items()}
     for module, ours in made.items():  # all have reserved their sizes
         for update in ours:
             update.draw_bases(module)
 
     # All that can fail is done.
     if freeze:
-        model.requires_grad_(False)
-    for module, ours in made.items():
-        install(module, adapter, ours)
-        module._randlora.active = active  # type: ignore[union-attr]
+        _freeze(names, active if before else None)
+    for module, ours in changed.items():
+        install(module, adapter, ours, copies.get(module, {}), in_full=module in saved)
+        state_of(module).active = active
         object.__setattr__(module, "__class__", classes[module])
-    for module in saved:
-        vars(module)[SAVED] = True
     train(model)
     return model
 
 
+def add_copies(model: nn.Module, adapter: str, wanted: Mapping[nn.Module, Iterable[str]]) -> None:
+    """Give an adapter that is there copies of further parameters and buffers, or raise."""
+    names = names_of(model)
+    copies = _copies(names, adapter, {m: list(tensors) for m, tensors in wanted.items()})
+    classes = {m: _class(names[m][0], m, {}, ours) for m, ours in copies.items()}
+    active = active_adapter(adapted_modules(model))
+    for module, ours in copies.items():
+        for name in ours:
+            if (parameter := module._parameters.get(name)) is not None:
+                parameter.requires_grad_(False)
+        install(module, adapter, {}, ours, in_full=False)
+        state_of(module).active = active
+        object.__setattr__(module, "__class__", classes[module])
+    train(model)
+
+
+def _copies(
+    names: Names, adapter: str, wanted: Mapping[nn.Module, list[str]]
+) -> dict[nn.Module, dict[str, tuple[str, Tensor]]]:
+    """Copies for one adapter, by module and name: their keys, and the tensors; ties are kept."""
+    made: dict[int, Tensor] = {}
+    own = "" if adapter == DEFAULT else f"{adapter}_"
+    copies: dict[nn.Module, dict[str, tuple[str, Tensor]]] = {}
+    for module, tensors in wanted.items():
+        for name in tensors:
+            tensor = tensor_of(module, name)
+            assert tensor is not None
+            if id(tensor) not in made:
+                with torch.inference_mode(False):
+                    copied = tensor.detach().clone()
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(copied) if is_parameter else copied
+            copies.setdefault(module, {})[name] = f"{own}randlora_copy_{name}", made[id(tensor)]
+        if module in copies:
+            keys = [key for key, _ in copies[module].values()]
+            _refuse_taken(names[module][0], module, adapter, keys)
+    return copies
+
+
+def _refuse_taken(name: str, module: nn.Module, adapter: str, keys: Iterable[str]) -> None:
+    for key in keys:
+        if hasattr(module, key):
+            raise TypeError(
+                f"{name!r} has an attribute {key!r}, which adapter {adapter!r} would need"
+            )
+
+
 def untrainable(module: nn.Module) -> str | None:
-    """Which parameter of a module, not of those beneath, cannot be trained in full; or None."""
+    """What of a module, not of those beneath, cannot be trained in full; or None."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "code compiled by TorchScript, which reads its parameters past Python"
     for name, parameter in module.named_parameters(recurse=False):
         trainable = parameter.is_floating_point() or parameter.is_complex()
         if not trainable or parameter.is_inference():
@@ -210,43 +306,111 @@ def untrainable(module: nn.Module) -> str | None:
 
 
 def train(model: nn.Module) -> None:
-    """Have what is to be trained, and no other adapter, require gradients."""
+    """Have what the active adapter trains, and no other one, require gradients.
+
+    What is frozen so loses its gradient: an optimiser that still has it would move it on.
+    """
     for module in adapted_modules(model).values():
         state = module._randlora
-        for name, adapters in state.adapters.items():
-            for adapter in adapters.values():
-                for parameter in adapter.parameters(module):
-                    parameter.requires_grad_(name == state.active)
-    for module in model.modules():
-        if SAVED in vars(module):
-            for parameter in module.parameters():
-                parameter.requires_grad_(True)
+        for name in state.names:
+            for parameter in _trained(module, name):
+                parameter.requires_grad_(name == state.active)
+                if name != state.active:
+                    parameter.grad = None
+
+
+def _trained(module: Any, adapter: str) -> list[nn.Parameter]:
+    """The parameters of an adapter in a module: ``Λ`` and ``Γ``, then its copies."""
+    state = module._randlora
+    found = [
+        p for update in state.adapters.get(adapter, {}).values() for p in _leaves(module, update)
+    ]
+    copied = (module._parameters.get(key) for key in state.copies.get(adapter, {}).values())
+    return found + [parameter for parameter in copied if parameter is not None]
+
+
+def _leaves(module: Any, update: Adapter) -> list[nn.Parameter]:
+    """``Λ`` and ``Γ``, or what a parametrization computes them from."""
+    leaves = []
+    for name in update.names:
+        if (parameter := module._parameters.get(name)) is not None:
+            leaves.append(parameter)
+        else:
+            leaves += module.parametrizations[name].parameters()
+    return leaves
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What is trained: ``Λ`` and ``Γ`` of the active adapter, then the ``modules_to_save``.
 
-    Each parameter comes once, in the order of ``model.modules()``; for the optimiser.
+    Each parameter comes once, in the order of ``model.modules()``; for the optimiser. An optimiser
+    knows those of the adapter that was active when it was made: after :func:`set_adapter` or
+    :func:`load_adapter` make another.
 
     Raises:
-        ValueError: if no layer of ``model`` is adapted.
+        ValueError: if no layer of ``model`` is adapted, or parts of it have different active
+            adapters.
     """
-    trained: dict[nn.Parameter, None] = {}
-    for module in adapted_modules(model).values():
-        for adapter in module._randlora.current.values():
-            trained |= dict.fromkeys(adapter.parameters(module))
-    for module in model.modules():
-        if SAVED in vars(module):
-            trained |= dict.fromkeys(module.parameters())
-    return list(trained)
+    modules = adapted_modules(model)
+    adapter = active_adapter(modules)
+    numbers: dict[nn.Parameter, None] = {}
+    copied: dict[nn.Parameter, None] = {}
+    for module in modules.values():
+        count = sum(len(_leaves(module, u)) for u in module._randlora.current.values())
+        found = _trained(module, adapter)
+        numbers |= dict.fromkeys(found[:count])
+        copied |= dict.fromkeys(found[count:])
+    return list(numbers | copied)
 
 
-def _class(module: nn.Module, updates: Iterable[Adapter]) -> Any:
+def _freeze(names: Names, active: str | None) -> None:
+    """Have nothing be trained, and no optimiser move what was, by a gradient that it still has.
+
+    What was trained besides the active adapter, if there is one, is remembered as that: for
+    `save_adapter`.
+    """
+    for module in names:
+        state = state_of(module)
+        ours = {key: name for name in state.names for key in state.keys(name)}
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad:
+                continue
+            parameter.requires_grad_(False)
+            if active is None or ours.get(name) != active:
+                parameter.grad = None
+            if active is not None and name not in ours and name not in state.copies.get(active, {}):
+                module.__dict__.setdefault(BESIDES, {}).setdefault(active, set()).add(name)
+
+
+def _class(
+    called: str,
+    module: nn.Module,
+    updates: Iterable[Adapter],
+    copies: Mapping[str, tuple[str, Tensor]],
+) -> Any:
     """What the module's class becomes."""
-    names = frozenset(update.site.parameter for update in updates if not update.site.opaque)
+    names = {update.site.parameter for update in updates if not update.site.opaque}
+    names |= {name for name, (_, copied) in copies.items() if isinstance(copied, nn.Parameter)}
+    buffers = set(copies) - names
     handler = handler_of(module)
-    mixin = Adapted if isinstance(handler, str) else handler.mixin
-    return adapted_class(type(module), mixin, names)
+    mixin: type[Adapted] = Adapted
+    if (any(updates) or any(state_of(module).all())) and not isinstance(handler, str):
+        mixin = handler.mixin
+    elif isinstance(module, nn.RNNBase):
+        mixin = AdaptedRNN
+    made = adapted_class(type(module), mixin, frozenset(names), frozenset(buffers))
+    for name in names | buffers:
+        if not isinstance(inspect.getattr_static(made, name, None), property):
+            raise TypeError(
+                f"{name!r} of {called!r} cannot be an adapter's: its class, "
+                f"{type(module).__name__}, was made for updates of other parameters"
+            )
+    if not can_become(type(module), made):
+        raise TypeError(
+            f"{called!r} cannot be an adapter's: Python cannot change objects of its class, "
+            f"{type(module).__name__}"
+        )
+    return made
 
 
 def _settings(

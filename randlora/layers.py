@@ -151,7 +151,7 @@ class RandLoRALinear(Adapted, nn.Linear):
         adapter.bank.reserve(*adapter.sizes)
         made = adapter.make_parameters(self.base_weight.device)
         self.requires_grad_(False)
-        install(self, DEFAULT, {adapter: made})
+        install(self, DEFAULT, {adapter: made}, {}, in_full=False)
         adapter.draw_bases(self)
 
     @staticmethod
@@ -246,7 +246,11 @@ class RandLoRALinear(Adapted, nn.Linear):
         check_input(input, self.in_features, dtype)
         update = *adapter.parameters(self), *adapter.operands(weight.device, dtype)
         settings = adapter.settings
-        keywords: Any = {"scaling": settings.scaling, "choice": self.choice}
+        keywords: Any = {
+            "scaling": settings.scaling,
+            "choice": self.choice,
+            "token": state.token,
+        }
         if self.training and settings.dropout:
             dropped = F.dropout(input, settings.dropout)
             frozen = F.linear(input, weight, bias)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias, TypeGuard
 
 from torch import nn
@@ -19,7 +19,9 @@ __all__ = [
     "beneath",
     "is_predicate",
     "matches",
+    "modules_by_name",
     "selected",
+    "walk",
 ]
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
@@ -94,3 +96,56 @@ def _compile(argument: str, pattern: Any) -> re.Pattern[str]:
             f"{argument} must hold names and regular expressions, but {pattern!r} is neither: "
             f"{error}"
         ) from error
+
+
+# --- names without wrappers -----------------------------------------------------------------------
+
+# Modules that do nothing but hold one, by class, with the name it has there: names go without it.
+_WRAPPERS = {
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.optim.swa_utils.AveragedModel": "module",
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": (
+        "_checkpoint_wrapped_module"
+    ),
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": (
+        "_fsdp_wrapped_module"
+    ),
+}
+
+
+def _wrapped(module: nn.Module) -> str | None:
+    """The name in a wrapper of the module that it holds; None for a module that is none."""
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__)
+    return next((_WRAPPERS[name] for name in names if name in _WRAPPERS), None)
+
+
+def modules_by_name(
+    model: nn.Module, *, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()``, with the names that there would be without wrappers."""
+    walked = walk(model, remove_duplicate=remove_duplicate)
+    return ((name, module) for name, _, module in walked)
+
+
+def walk(
+    model: nn.Module, *, remove_duplicate: bool = False
+) -> Iterator[tuple[str, str, nn.Module]]:
+    """Modules that are no wrappers: names without wrappers, names with them, and the modules."""
+    seen: set[nn.Module] = set()
+
+    def beneath(module: nn.Module, name: str, full: str) -> Iterator[tuple[str, str, nn.Module]]:
+        while (inner := _wrapped(module)) is not None:
+            full = f"{full}.{inner}" if full else inner
+            module = module._modules[inner]  # type: ignore[assignment]
+        if remove_duplicate and module in seen:
+            return
+        seen.add(module)
+        yield name, full, module
+        for part, child in module._modules.items():
+            if child is not None:
+                names = (f"{path}.{part}" if path else part for path in (name, full))
+                yield from beneath(child, *names)
+
+    return beneath(model, "", "")

@@ -24,7 +24,9 @@ from randlora.adapters import DEFAULT, Settings, Site, check_adapter_name
 from randlora.checkpoint import replacing, safetensors
 from randlora.contents import Contents, FileError, MismatchError, collect, restore
 from randlora.handlers import parameter_site
+from randlora.patterns import modules_by_name
 from randlora.peft_bases import PeftBank
+from randlora.targets import names_of
 
 __all__ = ["load_adapter", "save_adapter"]
 
@@ -69,8 +71,10 @@ def load_adapter(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     check_adapter_name(adapter)
-    config, tensors = _read(_folder(folder))
-    return restore(model, _contents(config, tensors, model), adapter, check_base=False)
+    with torch.device("cpu"):  # whatever the default device is
+        config, tensors = _read(_folder(folder))
+        contents = _contents(config, tensors, model)
+        return restore(model, contents, adapter, check_base=False)
 
 
 def _folder(folder: str | os.PathLike[str]) -> Path:
@@ -119,8 +123,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _contents(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
 ) -> Contents:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    aliases = _aliases(model)
+    modules = dict(modules_by_name(model, remove_duplicate=False))
+    aliases = names_of(model)
     names = sorted(_under(tensors, _LAMBDA))
     if not names or set(names) != _under(tensors, _GAMMA):
         raise FileError(f"{_TENSORS} must have a {_LAMBDA} and a {_GAMMA} for each of its layers")
@@ -161,6 +165,10 @@ def _contents(
             )
         numbers[f"{name}.weight"] = torch.cat([lam.T.float(), gamma.float()], 1)
     ours = (_LAMBDA, _GAMMA, _A, _B)
+    beneath = tuple(f"{_MODEL}{name}." for name in saved_modules)
+    for name in tensors:
+        if not name.endswith(ours) and not name.startswith(beneath):
+            raise MismatchError(f"the folder has {name!r}, which is in no module trained in full")
     return Contents(
         updates={f"{name}.weight": (site, settings[name], 0) for name, site in sites.items()},
         banks=(bank,),
@@ -205,13 +213,6 @@ def _is_peft_s(module: nn.Module, site: Site) -> bool:
     return known and site.parameter == "weight"
 
 
-def _aliases(model: nn.Module) -> dict[nn.Module, list[str]]:
-    aliases: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        aliases.setdefault(module, []).append(name)
-    return aliases
-
-
 def _saved(config: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> list[str]:
     """What is trained in full: modules whose names end so, by letters, and all beneath them."""
     ends = tuple(config.get("modules_to_save") or ())
@@ -226,7 +227,7 @@ def _missing(config: Mapping[str, Any], names: list[str], model: nn.Module) -> l
         return []
     out = config.get("modules_to_save") or []
     missing = []
-    for name, module in model.named_modules():
+    for name, module in modules_by_name(model):
         site = parameter_site(module, "weight")
         known = not isinstance(site, str) and _is_peft_s(module, site)
         if name in names or not known or any(f".{end}." in f".{name}." for end in out):
@@ -323,7 +324,8 @@ def save_adapter(
     if not isinstance(save_projection, bool):
         raise TypeError(f"save_projection must be True or False, got {save_projection!r}")
     target = _folder(folder)
-    contents = collect(model, adapter, None)
+    with torch.device("cpu"):  # whatever the default device is
+        contents = collect(model, adapter, None)
     bank, alpha, dropout = _common(model, contents)
     sites = [site for site, *_ in contents.updates.values()]
     out, in_ = max(site.out for site in sites), max(site.in_ for site in sites)
@@ -336,7 +338,13 @@ def save_adapter(
         )
 
     names = [name.removesuffix(".weight") for name in contents.updates]
-    others = {name for name, _ in model.named_modules()} - {*contents.modules_to_save}
+    others = {name for name, _ in modules_by_name(model)} - {*contents.modules_to_save}
+    trained = tuple(f"{name}." for name in contents.modules_to_save)
+    if moved := [name for name in contents.saved if not name.startswith(trained)]:
+        raise ValueError(
+            "model must have changed nothing but its updates and modules_to_save, to be written "
+            f"for PEFT, but {', '.join(moved)} moved; name their modules in modules_to_save"
+        )
     for end in contents.modules_to_save:
         like = [n for n in others if n.endswith(end)]
         if like:
@@ -385,10 +393,11 @@ def _common(model: nn.Module, contents: Contents) -> tuple[PeftBank, float, floa
         raise ValueError(
             f"model must have one bank, of a kind of PEFT's, to be written; it has {kinds}"
         )
-    common, aliases = set(), _aliases(model)
+    common, aliases = set(), names_of(model)
+    modules = dict(modules_by_name(model, remove_duplicate=False))
     for name, (site, settings, _) in contents.updates.items():
-        module = model.get_submodule(name.rpartition(".")[0])
-        if module is model or len(aliases[module]) > 1:
+        module = modules[name.rpartition(".")[0]]
+        if module is modules[""] or len(aliases[module]) > 1:
             raise ValueError(
                 "model must have its layers beneath it, each by one name, to be written for PEFT, "
                 f"but {name!r} is also at {aliases[module]}"

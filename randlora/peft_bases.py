@@ -208,6 +208,11 @@ class PeftBank(BasisBank):
             a = self._uniform((r, 1, self.smaller), generator)
             b = torch.cat([self._uniform((self.larger, 1, r), generator) for _ in range(n)], 1)
         a, b = ((t / _std(t)).float() for t in (a, b))
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise ValueError(
+                f"basis must be of another kind for layers this small: {self!r} divides by the "
+                "standard deviation of entries that are one number, or all the same"
+            )
         return a.flatten(1), b.flatten(1)
 
     def _uniform(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from randlora.adapted import Adapted
+from randlora.adapted import Adapted, own_names, plain_class, state_of
 from randlora.adapters import Site
-from randlora.handlers import handler_of, parameter_site, sites_of
+from randlora.handlers import handler_of, is_opaque, parameter_site, sites_of
 from randlora.patterns import (
     NAME,
     Names,
@@ -24,26 +24,45 @@ from randlora.patterns import (
     beneath,
     is_predicate,
     matches,
+    modules_by_name,
     selected,
 )
 
 __all__ = [
-    "SAVED",
+    "BESIDES",
+    "NEW_TASK",
     "Place",
     "check_targets",
     "chosen_weights",
     "device_of",
     "further_parameters",
     "left_out",
+    "moving_buffers",
     "names_of",
     "output_heads",
     "parameter_names",
+    "stacks",
     "supported_layers",
+    "tensor_names",
 ]
 
-_HEADS = {"classifier", "embed_out", "fc", "head", "heads", "lm_head", "logits", "score"}
-_OURS = "randlora_lambda", "randlora_gamma"
-SAVED = "randlora_saved"  # set on the modules that `modules_to_save` named
+# Usual names of output heads, and whether they are those of a new task, and of no language model.
+_HEADS = {
+    "classifier": True,
+    "embed_out": False,
+    "fc": True,
+    "head": True,
+    "heads": True,
+    "lm_head": False,
+    "logits": False,
+    "score": True,
+}
+_LAST = "output head: the last layer, called {!r}"
+NEW_TASK = {_LAST.format(name) for name, new in _HEADS.items() if new}  # why these are heads
+
+
+# Set on modules: by adapter, the parameters that were trained besides it before it was switched.
+BESIDES = "randlora_besides"
 
 
 class Place(NamedTuple):
@@ -56,7 +75,7 @@ class Place(NamedTuple):
 def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Each module once, with every dotted name it can be reached by."""
     names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in modules_by_name(model, remove_duplicate=False):
         names.setdefault(module, []).append(name)
     return names
 
@@ -67,8 +86,38 @@ def parameter_names(names: Names) -> dict[Parameter, list[str]]:
         (module, name): [f"{alias}.{name}" if alias else name for alias in aliases]
         for module, aliases in names.items()
         for name, parameter in module._parameters.items()
-        if parameter is not None and not name.endswith(_OURS)
+        if parameter is not None and name not in own_names(module)
     }
+
+
+def tensor_names(module: nn.Module) -> list[str]:
+    """What a module trained in full holds by itself: its parameters, and buffers that persist."""
+    ours = own_names(module)
+    tensors = {**module._parameters, **module._buffers}
+    return [
+        name
+        for name, tensor in tensors.items()
+        if tensor is not None and name not in ours | module._non_persistent_buffers_set
+    ]
+
+
+def moving_buffers(module: nn.Module) -> list[str]:
+    """The buffers of a module that training may move, as it does the statistics of a BatchNorm.
+
+    Those that persist and are floating, or single numbers. What is larger and integer is taken to
+    be part of the weights, and so is all that a layer holds whose weight cannot be read.
+    """
+    if isinstance(module, torch.jit.ScriptModule) or is_opaque(handler_of(module)):
+        return []
+    if isinstance(module, Adapted) and plain_class(module) is None:
+        return []  # of a class of its author's, whose names are what they are
+    buffers = [(name, module._buffers.get(name)) for name in tensor_names(module)]
+    return [
+        name
+        for name, buffer in buffers
+        if buffer is not None
+        and (buffer.is_floating_point() or buffer.is_complex() or buffer.numel() == 1)
+    ]
 
 
 def supported_layers(names: Names) -> dict[nn.Module, list[Site]]:
@@ -89,8 +138,8 @@ def output_heads(
     if supported:
         last = list(supported)[-1]
         parts = [name.split(".") for name in names[last]]
-        if called := _HEADS & {end for part in parts for end in (part[0], part[-1])}:
-            heads[last] = f"output head: the last layer, called {min(called)!r}"
+        if called := _HEADS.keys() & {end for part in parts for end in (part[0], part[-1])}:
+            heads[last] = _LAST.format(min(called))
     embeddings = {id(m._parameters.get("weight")) for m in names if isinstance(m, nn.Embedding)}
     for module in supported:
         weight = module._parameters.get("weight")
@@ -223,5 +272,22 @@ def left_out(model: nn.Module) -> dict[str, str]:
     return {
         names[module][0]: why[module]
         for module in names
-        if module in why and not isinstance(module, Adapted) and SAVED not in vars(module)
+        if module in why and not any(state_of(module).all()) and not state_of(module).in_full
+    }
+
+
+def stacks(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Stacks of matrices that are held by modules of no kind that is adapted, with their shapes.
+
+    Fused experts are such: only ``target_parameters`` adapts them.
+    """
+    names = names_of(model)
+    return {
+        known[0]: tuple(module._parameters[name].shape)  # type: ignore[union-attr]
+        for (module, name), known in parameter_names(names).items()
+        if isinstance(handler_of(module), str)
+        and name not in state_of(module).current
+        and not state_of(module).in_full
+        and isinstance(site := parameter_site(module, name), Site)
+        and site.stack
     }

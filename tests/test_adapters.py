@@ -179,13 +179,32 @@ def test_layers_made_by_hand_take_another_one():
     assert type(model[1]) is nn.Linear
 
 
-def test_what_is_saved_in_full_stays_so():
+def test_each_adapter_has_its_own_modules_trained_in_full():
     model = inject(plain(), rank=2, modules_to_save="head")
-    inject(model, rank=2, adapter="b")
-    for name in ("b", "default"):
+    shuffle(model, 1)
+    one, head = model(X), model.head.weight
+    assert any(p is head for p in adapter_parameters(model))
+    inject(model, rank=2, adapter="b", modules_to_save=["head", "up"])
+    inject(model, rank=2, adapter="c")
+    assert torch.equal(model(X), one)
+    want = plain()(X)
+    for name in ("b", "c"):
         set_adapter(model, name)
-        assert model.head.weight.requires_grad
-        assert any(p is model.head.weight for p in adapter_parameters(model))
+        torch.testing.assert_close(model(X), want)  # torch's way depends on what requires gradients
+        trained = {id(p) for p in adapter_parameters(model)}
+        assert (id(model.head.weight) in trained) == (name == "b")
+    set_adapter(model, "b")
+    shuffle(model, 2)
+    two = model(X)
+    assert torch.equal(set_adapter(model, "default")(X), one)
+    assert model.head.weight is head
+    assert torch.equal(set_adapter(model, "b")(X), two)
+    with randlora.disabled(model):
+        torch.testing.assert_close(model(X), want)
+    for merge, output in ((True, two), ({"default": 1}, one), (False, want)):
+        plain_again = randlora.unload(copy.deepcopy(model), merge=merge)
+        torch.testing.assert_close(plain_again(X), output)
+        assert plain_again.state_dict().keys() == plain().state_dict().keys()
 
 
 @pytest.mark.parametrize(

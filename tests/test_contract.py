@@ -210,6 +210,17 @@ def channels_last(inner, x):
     return inner(x.to(memory_format=torch.channels_last))
 
 
+class Still(nn.BatchNorm2d):
+    """With statistics that stay as they are; `tests/test_state.py` has those that move."""
+
+    def train(self, mode=True):
+        return super().train(False)
+
+
+def normalised():
+    return nn.Sequential(nn.Conv2d(4, 6, 3), Still(6), nn.ReLU(inplace=True))
+
+
 def conv_last():
     return nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
 
@@ -431,6 +442,7 @@ ROWS = [
         (normal(2, 4, 5, 5),),
     ),
     Row("transposed convolution 3d", lambda: nn.ConvTranspose3d(3, 2, 2), (normal(1, 3, 3, 3, 3),)),
+    Row("convolution beside a BatchNorm", normalised, (normal(2, 4, 5, 5),), ("0.weight",)),
     Row("embedding", lambda: nn.Embedding(20, 8), (tokens(2, 5),), keywords=EMBED),
     Row("embedding, many tokens", lambda: nn.Embedding(20, 8), (tokens(5, 9),), keywords=EMBED),
     Row("embedding, wide", lambda: nn.Embedding(6, 8), (tokens(4, high=6),), keywords=EMBED),

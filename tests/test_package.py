@@ -29,7 +29,10 @@ MAY_IMPORT = {
     "kernel": {"operators", "planning", "products"},
     "functional": {"kernel", "operators", "planning"},
     "adapters": {"_checks", "bases", "operators"},
-    "adapted": {"adapters", "bases", "functional", "operators", "symbolic"},
+    "suspension": set(),
+    "adapted": {
+        *("adapters", "bases", "functional", "operators", "patterns", "suspension", "symbolic"),
+    },
     "layers": {
         *("_checks", "adapted", "adapters", "bases", "functional", "kernel", "operators"),
         *("planning", "symbolic"),
@@ -42,18 +45,20 @@ MAY_IMPORT = {
         *("_checks", "adapted", "adapters", "bases", "handlers", "patterns", "peft_bases"),
         *("streams", "targets"),
     },
-    "merging": {"_checks", "adapted", "adapters", "injection", "targets"},
+    "merging": {
+        *("_checks", "adapted", "adapters", "injection", "patterns", "suspension", "targets"),
+    },
     "arithmetic": {"adapted", "adapters", "injection", "merging", "targets"},
     "__main__": {"bases", "checkpoint", "contents", "diagnostics", "functional", "operators"},
     "contents": {
-        *("__version__", "adapted", "adapters", "bases", "handlers", "injection", "peft_bases"),
-        *("streams", "targets"),
+        *("__version__", "adapted", "adapters", "bases", "handlers", "injection", "patterns"),
+        *("peft_bases", "streams", "targets"),
     },
     "checkpoint": {
         *("_checks", "adapted", "adapters", "bases", "contents", "peft_bases", "streams"),
     },
-    "peft": {"adapters", "checkpoint", "contents", "handlers", "peft_bases"},
-    "diagnostics": {"adapted", "adapters", "bases", "layers", "planning", "targets"},
+    "peft": {"adapters", "checkpoint", "contents", "handlers", "patterns", "peft_bases", "targets"},
+    "diagnostics": {"adapted", "adapters", "bases", "layers", "patterns", "planning", "targets"},
 }
 
 EXTRAS = {"checkpoint": {"safetensors"}}  # imported where they are needed, with a word if lacking
