@@ -569,10 +569,10 @@ def adapted_class(
     return known[mixin, names, buffers]
 
 
-def can_become(cls: type, other: type) -> bool:
+def can_become(cls: Any, other: type) -> bool:
     """Whether a module of one class can be given the other."""
-    probe: Any = object.__new__(cls)
     try:
+        probe: Any = cls.__new__(cls)
         object.__setattr__(probe, "__class__", other)
     except TypeError:
         return False
@@ -681,7 +681,9 @@ def _once(made: Any, base: Any) -> Any:
             output = super(made, self).forward(*args, **keywords)
         finally:
             del held[thread]
-        return marked(output, state) if state.copies and _hooks() is not None else output
+        if not state.copies or _hooks() is None or any(output is one for one in args):
+            return output
+        return marked(output, state)
 
     return forward
 

@@ -846,6 +846,13 @@ class Mixed(abc.ABC, Generic):
     pass
 
 
+class Mapping(dict, nn.Linear):
+    __hash__ = nn.Module.__hash__
+
+    def __init__(self):
+        nn.Linear.__init__(self, 6, 6)
+
+
 class Slots(nn.Module):
     __slots__ = ("extra",)
 
@@ -856,7 +863,7 @@ class Slots(nn.Module):
 
 @pytest.mark.parametrize("modules_to_save", [[], ["1", "2"]])
 def test_classes_with_bases_of_another_layout_are_adapted(modules_to_save):
-    model = nn.Sequential(Abstract(6, 6), Generic(), Mixed(), Slots())
+    model = nn.Sequential(Abstract(6, 6), Generic(), Mixed(), Slots(), Mapping())
     model.append(torch.ao.quantization.FakeQuantize())
     plain = copy.deepcopy(model)
     inject(model, 2, modules_to_save=modules_to_save)
