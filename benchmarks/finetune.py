@@ -39,7 +39,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 import randlora
-from randlora.streams import KINDS
+from randlora.bases.streams import KINDS
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -180,7 +180,7 @@ def use_randlora(
 
 
 def use_lora(model: VisionTransformer, options: argparse.Namespace) -> None:
-    """Ranks so that each layer, and what was rounded off before it, trains as much as RandLoRA."""
+    """Choose ranks so that LoRA trains as much as RandLoRA; carry rounding to the next layer."""
     head_only(model, options)
     owed = 0.0
     for layer in adapted_layers(model):
@@ -204,7 +204,7 @@ class Method:
 
 
 def methods(bases: list[str]) -> dict[str, Method]:
-    """What is compared; RandLoRA once for each kind of bases."""
+    """The methods that are compared. RandLoRA occurs once for each kind of bases."""
     found = {
         "head only": Method(head_only, (1e-1, 3e-1, 1.0)),
         "LoRA": Method(use_lora, ADAPTER_RATES),
@@ -359,7 +359,7 @@ class Chosen:
 
 
 def choose(name: str, seeds: list[list[Result]]) -> Chosen:
-    """Of the results at each rate, for each seed; of equal rates the lower one."""
+    """Choose the best rate from the results of all rates and seeds; if equal, the lower rate."""
     at_rates = list(zip(*seeds, strict=True))
     means = [statistics.fmean(run.validation for run in runs) for runs in at_rates]
     best = means.index(max(means))
@@ -405,12 +405,14 @@ def differences(results: list[Chosen]) -> str:
 
 def picture(results: list[Chosen], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for chosen in results:
-        first = chosen.runs[0]
-        left.semilogx(first.parameters, 100 * chosen.mean("test"), "o", label=chosen.name)
+    for number, chosen in enumerate(results):
+        first, color = chosen.runs[0], f"C{number}"
+        accuracy = 100 * chosen.mean("test")
+        left.semilogx(first.parameters, accuracy, "o", color=color, label=chosen.name)
         if "LoRA" in chosen.name:
             spectrum = first.spectrum.clamp_min(1e-9)
-            right.semilogy(range(1, len(spectrum) + 1), spectrum, label=chosen.name)
+            index = range(1, len(spectrum) + 1)
+            right.semilogy(index, spectrum, color=color, label=chosen.name)
     left.set(xlabel="trained parameters", ylabel="test accuracy (%)")
     left.set_title("Images with permuted pixels")
     right.set(xlabel="index", ylabel="singular value (below 1e-9: zero)")

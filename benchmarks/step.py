@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import randlora
-from randlora import products, reference
+from randlora import Choice, reference
+from randlora.core import matmul
+from randlora.core.planning import cost
 from randlora.functional import work_of
-from randlora.planning import Choice, cost
 
 # --- what is trained -----------------------------------------------------------------------------
 
@@ -126,7 +127,7 @@ CASES = {
 
 
 # Whether the update's products go to oneDNN on this machine.
-ONEDNN = products.onednn(torch.float32, torch.device("cpu"))
+USE_ONEDNN = matmul.uses_onednn(torch.float32, torch.device("cpu"))
 Prepare: TypeAlias = Callable[[nn.Module, Case], nn.Module]
 
 # --- the methods ---------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ def check(model: nn.Module, case: Case) -> None:
         x = torch.randn(64, layer.in_features).to(case.dtype)
         probe = torch.randn(64, layer.out_features).to(case.dtype)
         lam, gamma = layer.randlora_lambda, layer.randlora_gamma
-        r, p, q, m = layer.adapter.sizes
+        r, p, q, m = layer.weight_update.sizes
         a, b = layer.bank.a(r, p).double(), layer.bank.b(q, m).double()
         got = [x, lam, gamma]
         want = [t.detach().double() for t in got]
@@ -229,7 +230,7 @@ class Run:
     """One model with its optimiser, and the seconds of its steps."""
 
     def __init__(self, name: str, prepare: Prepare, case: Case, *, to_check: bool = True) -> None:
-        self.onednn = ONEDNN and "torch's GEMM" not in name
+        self.onednn = USE_ONEDNN and "torch's GEMM" not in name
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.model = prepare(case.model(), case).train()
@@ -241,7 +242,7 @@ class Run:
         self.seconds: dict[str, list[float]] = {"forward": [], "backward": [], "step": []}
 
     def step(self) -> None:
-        products.ONEDNN = self.onednn
+        matmul.USE_ONEDNN = self.onednn
         self.optimiser.zero_grad()
         start = time.perf_counter()
         loss = self.model(self.x).float().square().mean()
@@ -256,7 +257,7 @@ class Run:
             self.seconds[phase].append(value)
 
     def saved_bytes(self) -> int:
-        """Bytes kept for backward in storages that are no parameter's, buffer's or bank's."""
+        """Bytes saved for backward, without the storages of parameters, buffers and banks."""
         known = {t.untyped_storage().data_ptr() for t in self.model.parameters()}
         known |= {t.untyped_storage().data_ptr() for t in self.model.buffers()}
         known.add(self.x.untyped_storage().data_ptr())
@@ -299,13 +300,13 @@ def peak(name: str, case: Case) -> int:
     """Most resident memory of the second and third step, beyond the imports and libraries' code."""
     import peft  # noqa: F401  (so that all methods start from the same)
 
-    # oneDNN generates 7 MiB of code at its first product: they are no method's.
+    # oneDNN generates 7 MiB of code at its first product. No method should count it.
     with torch.no_grad():
-        products.mm(torch.randn(1024, 1024), torch.randn(1024, 1024))
+        matmul.mm(torch.randn(1024, 1024), torch.randn(1024, 1024))
     fault_in_code()
 
     before, code = resident("VmRSS"), resident("RssFile")
-    run = Run(name, METHODS[name], case, to_check=False)  # it was, before it was timed
+    run = Run(name, METHODS[name], case, to_check=False)  # it was checked before the timing
     run.step()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
     run.step()
@@ -315,7 +316,7 @@ def peak(name: str, case: Case) -> int:
     return resident("VmHWM") - before
 
 
-# Default malloc and MKL keep what was freed; their leavings would be what is measured.
+# By default, malloc and MKL keep freed memory, which would then be measured.
 FRUGAL = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_ARENA_MAX": "1",
@@ -339,12 +340,12 @@ def percentiles(values: list[float]) -> tuple[float, float, float]:
 @torch.no_grad()
 def gemm_rate(dtype: torch.dtype, onednn: bool) -> float:
     """Multiply-adds a second of a large matrix product, the best of five."""
-    products.ONEDNN = onednn and ONEDNN
+    matmul.USE_ONEDNN = onednn and USE_ONEDNN
     a, b = torch.randn(3072, 3072).to(dtype), torch.randn(3072, 3072).to(dtype)
     seconds = []
     for _ in range(6):
         start = time.perf_counter()
-        products.mm(a, b)
+        matmul.mm(a, b)
         seconds.append(time.perf_counter() - start)
     return 3072**3 / min(seconds[1:])
 
@@ -370,14 +371,14 @@ def least_seconds(run: Run, tokens: int, rates: tuple[float, float]) -> float:
 def bench(case_name: str, methods: list[str], rounds: int, memory: bool) -> list[dict[str, object]]:
     case = CASES[case_name]
     rates = gemm_rate(case.dtype, False), gemm_rate(case.dtype, True)
-    if case.dtype != torch.float32 or not ONEDNN:  # there torch's own product is no other
+    if case.dtype != torch.float32 or not USE_ONEDNN:  # there torch's own product is no other
         methods = [name for name in methods if "torch's GEMM" not in name]
     if not methods:
         return []
     runs = {name: Run(name, METHODS[name], case) for name in methods}
     with tqdm(total=(rounds + 1) * len(runs), desc=case_name, leave=False) as bar:
         for turn in range(rounds + 1):
-            # There and back: what one leaves in the allocator and the caches the next one meets.
+            # Alternate the order: each method changes the allocator and caches for the next one.
             for run in list(runs.values())[:: -1 if turn % 2 else 1]:
                 run.step()
                 if turn == 0:  # the warm-up
@@ -459,7 +460,7 @@ def curve_point(case: Case, rounds: int) -> dict[str, float]:
         methods[f"{basis}, planned"] = ours(basis)
         for way, choice in PURE.items() if not case.layer else ():
             methods[f"{basis}, {way}"] = ours(basis, choice)
-    # Wider ones run the same code, and their oracle takes minutes; that all ways agree is tested.
+    # Wider layers run the same code, and their oracle takes minutes. Tests check that ways agree.
     runs = {
         name: Run(name, prepare, case, to_check="planned" in name and case.d <= 768)
         for name, prepare in methods.items()

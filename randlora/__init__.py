@@ -1,47 +1,29 @@
-"""RandLoRA: fine-tuning with full-rank updates at the parameter count of LoRA."""
+"""RandLoRA: full-rank fine-tuning at the parameter count of LoRA."""
 
 from randlora import checkpoint, functional, peft, planning, reference
-from randlora.arithmetic import add_weighted_adapter
 from randlora.bases import BasisBank
-from randlora.checkpoint import adapter_state_dict, load_adapter, save_adapter
-from randlora.diagnostics import rank_report, summary
-from randlora.handlers import register
-from randlora.injection import adapter_parameters, inject
-from randlora.layers import RandLoRALinear
-from randlora.merging import (
-    delete_adapter,
-    disabled,
-    merge,
-    merged_state_dict,
-    set_adapter,
-    unload,
-    unmerge,
+from randlora.core.planning import Choice
+from randlora.files.checkpoint import adapter_state_dict, load_adapter, save_adapter
+from randlora.files.errors import (
+    BaseModelError,
+    BasesError,
+    CheckpointError,
+    FileError,
+    MismatchError,
 )
+from randlora.model.injecting import inject
+from randlora.model.installing import adapter_parameters
+from randlora.model.merging import merge, merged_state_dict, unload, unmerge
+from randlora.model.reports import rank_report, summary
+from randlora.model.switching import delete_adapter, disabled, set_adapter
+from randlora.modules.linear import RandLoRALinear
+from randlora.modules.table import register
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BasisBank",
-    "RandLoRALinear",
-    "adapter_parameters",
-    "adapter_state_dict",
-    "add_weighted_adapter",
-    "checkpoint",
-    "delete_adapter",
-    "disabled",
-    "functional",
-    "inject",
-    "load_adapter",
-    "merge",
-    "merged_state_dict",
-    "peft",
-    "planning",
-    "rank_report",
-    "reference",
-    "register",
-    "save_adapter",
-    "set_adapter",
-    "summary",
-    "unload",
-    "unmerge",
-]
+__all__ = ["BasisBank", "Choice", "RandLoRALinear", "inject", "rank_report", "register", "summary"]
+__all__ += ["adapter_parameters", "delete_adapter", "disabled", "set_adapter"]
+__all__ += ["merge", "merged_state_dict", "unload", "unmerge"]
+__all__ += ["adapter_state_dict", "load_adapter", "save_adapter"]
+__all__ += ["BaseModelError", "BasesError", "CheckpointError", "FileError", "MismatchError"]
+__all__ += ["checkpoint", "functional", "peft", "planning", "reference"]

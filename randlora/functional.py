@@ -1,6 +1,14 @@
-"""The method without modules: ``ΔW``, ``W0 + ΔW`` and the linear map with it, on tensors.
+"""RandLoRA on tensors, without modules: ``ΔW``, ``W0 + ΔW`` and the linear map with ``W0 + ΔW``.
 
-Shapes and the mathematics are those of :mod:`randlora.kernel`.
+With ``p = min(out, in)``, ``q = max(out, in)``, rank ``r`` and ``n`` bases, all functions take
+
+    lam      ``Λ``, shape ``(n, r)``, floating, usually float32
+    gamma    ``Γ``, shape ``(n, p)``, in the dtype of ``lam``
+    a        ``A``, shape ``(r, p)``; its dtype is that of the computation and of the result
+    b        ``B``, an operator of shape ``(q, n·r)``
+    scaling  the factor of the update
+
+The equations are in :mod:`randlora.core.kernel`.
 """
 
 from __future__ import annotations
@@ -14,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.jit._trace import TracerWarning
 
-from randlora.kernel import EffectiveWeight, Linear
-from randlora.operators import Operator
-from randlora.planning import ANY_TOKENS, AUTOMATIC, Choice, Work, choose
+from randlora.core.kernel import EffectiveWeight, Linear
+from randlora.core.operators import Operator
+from randlora.core.planning import AUTOMATIC, UNKNOWN_TOKENS, Choice, Work, choose
 
 __all__ = ["delta_weight", "effective_weight", "randlora_linear"]
 
@@ -26,16 +34,8 @@ def delta_weight(
 ) -> Tensor:
     """Return ``ΔW``, differentiable in ``Λ`` and ``Γ`` (paper, equation 4).
 
-    Args:
-        lam: ``Λ``, shape ``(n, r)``, floating.
-        gamma: ``Γ``, shape ``(n, p)``, in the dtype of ``lam``.
-        a: ``A``, shape ``(r, p)``; its dtype is the one computed in and returned.
-        b: ``B``, an operator of shape ``(q, n·r)``.
-        scaling: the factor of the update.
-        wide: whether ``out < in``.
-
     Returns:
-        Shape ``(q, p)``, or ``(p, q)`` if wide: always ``out × in``.
+        Shape ``(q, p)``, or ``(p, q)`` if ``wide``, which says that ``out < in``.
 
     Raises:
         ValueError: if the shapes do not fit each other.
@@ -57,10 +57,20 @@ def effective_weight(
     wide: bool | None = None,
     token: int = 0,
 ) -> Tensor:
-    """Return ``W0 + ΔW``, shape ``(out, in)``, differentiable in ``W0``, ``Λ`` and ``Γ``.
+    """Return ``W0 + ΔW``, differentiable in ``W0``, ``Λ`` and ``Γ``.
 
-    Arguments and errors are those of :func:`randlora_linear`; ``wide``, by default whether ``out <
-    in``, is whether ``ΔW`` is ``(B C)ᵀ``. In low precision the sum is rounded once.
+    In low precision the sum is rounded once.
+
+    Args:
+        weight: ``W0``, shape ``(out, in)``, in the dtype of ``a``; under autocast it may be wider.
+        wide: whether ``ΔW`` is ``(B C)ᵀ`` instead of ``B C``. By default, true if ``out < in``.
+        token: see :func:`randlora_linear`.
+
+    Returns:
+        Shape ``(out, in)``, in the dtype of ``a``.
+
+    Raises:
+        ValueError: if the shapes do not fit each other.
     """
     with _sizes_as_numbers():
         _check_shapes(lam, gamma, a, b)
@@ -83,94 +93,86 @@ def randlora_linear(
     choice: Choice = AUTOMATIC,
     token: int = 0,
 ) -> Tensor:
-    """Return ``x (W0 + ΔW)ᵀ + bias``, differentiable in every tensor but the bases.
+    """Return ``x (W0 + ΔW)ᵀ + bias``, differentiable in every tensor except the bases.
 
-    Without a weight it is the update alone, ``x ΔWᵀ``. Backward keeps one activation, ``x`` or
-    ``x B``, beside ``Λ``, ``Γ`` and the weight by reference.
+    Without a weight the result is the update alone, ``x ΔWᵀ``. For backward one activation is
+    saved, ``x`` or ``x B``. ``Λ``, ``Γ`` and the weight are saved by reference.
 
     Args:
-        x: shape ``(..., in)`` with any number of leading dimensions, floating.
-        weight: ``W0``, shape ``(out, in)``, in the dtype of ``x``, or higher under autocast; or
-            None.
+        x: shape ``(..., in)`` with any number of leading dimensions, in the dtype of ``a``.
+        weight: ``W0``, shape ``(out, in)``, in the dtype of ``x``, or None. Under autocast its
+            dtype may be wider.
         bias: shape ``(out,)``, or None.
-        lam: ``Λ``, shape ``(n, r)``; commonly float32 whatever the dtype of ``x``.
-        gamma: ``Γ``, shape ``(n, p)``, in the dtype of ``lam``.
-        a: ``A``, shape ``(r, p)``, in the dtype of ``x``.
-        b: ``B``, an operator of shape ``(q, n·r)``.
-        scaling: the factor of the update.
-        choice: what is fixed of the plan; the planner chooses the rest by cost.
-        token: a number above 0 for what is computed with. A checkpoint that recomputes the call
-            with another one raises ``torch.utils.checkpoint.CheckpointError``.
+        choice: the fixed parts of the plan. The planner chooses the other parts by cost.
+        token: a number above 0 that identifies the active adapter, or 0 for no check. An activation
+            checkpoint that recomputes the call with another token raises
+            ``torch.utils.checkpoint.CheckpointError``.
 
     Returns:
         Shape ``(..., out)``, in the dtype of ``x``.
 
     Raises:
-        TypeError: if ``x`` is not in the dtype of ``a``.
-        ValueError: if the shapes do not fit each other.
+        TypeError: if ``choice`` is not a :class:`Choice`, or ``x`` is not a tensor in the dtype of
+            ``a``.
+        ValueError: if the shapes do not fit each other, or if a bias is given without a weight.
     """
     if not isinstance(choice, Choice):
         raise TypeError(f"choice must be a planning.Choice, got {type(choice).__name__}")
     if _tracing():
-        return _traced(x, weight, bias, lam, gamma, a, b, scaling)
+        # Through the weight, for any number of tokens.
+        if weight is not None:
+            w = effective_weight(weight, lam, gamma, a, b, scaling=scaling)
+        else:
+            with _sizes_as_numbers():
+                wide = bool(x.shape[-1] > a.shape[1])
+            w = delta_weight(lam, gamma, a, b, scaling=scaling, wide=wide)
+        return F.linear(x, w, bias)
     _check_shapes(lam, gamma, a, b)
     p, q = a.shape[1], b.shape[0]
     if weight is None:
         if bias is not None:
-            raise ValueError("bias must be None without a weight: it is not the update's")
+            raise ValueError(f"bias must be None without a weight, got shape {tuple(bias.shape)}")
         in_features = q if isinstance(x, Tensor) and x.ndim and x.shape[-1] == q else p
     else:
         _check_weight(weight, gamma, b)
         in_features = weight.shape[1]
     check_input(x, in_features, a.dtype)
     wide = in_features > p
-    on = torch.is_grad_enabled()
+    tokens = x.numel() // in_features
+    grad_enabled = torch.is_grad_enabled()
     work = work_of(
-        _tokens(x.numel() // in_features),
+        tokens if is_static(tokens) else UNKNOWN_TOKENS,
         a,
         b,
         wide,
-        needs_input=on and x.requires_grad,
-        needs_parameters=on and (lam.requires_grad or gamma.requires_grad),
-        needs_weight=on and weight is not None and weight.requires_grad,
+        needs_input=grad_enabled and x.requires_grad,
+        needs_parameters=grad_enabled and (lam.requires_grad or gamma.requires_grad),
+        needs_weight=grad_enabled and weight is not None and weight.requires_grad,
         alone=weight is None,
     )
-    # A compiler takes no caches.
+    # torch.compile warns about cached functions, so it gets the function behind the cache.
     plan = (choose.__wrapped__ if torch.compiler.is_compiling() else choose)(work, choice)
-    kept = _run(Linear, x, weight, bias, lam, gamma, a, b, scaling, plan, wide, token)
-    y: Tensor = kept[0]
+    outputs = _run(Linear, x, weight, bias, lam, gamma, a, b, scaling, plan, wide, token)
+    y: Tensor = outputs[0]
     return y
 
 
-def work_of(
-    tokens: int,
-    a: Tensor,
-    b: Operator,
-    wide: bool,
-    *,
-    needs_input: bool = True,
-    needs_parameters: bool = True,
-    needs_weight: bool = False,
-    alone: bool = False,
-) -> Work:
-    """What the planner has to know of a call."""
+def work_of(tokens: int, a: Tensor, b: Operator, wide: bool, **needs: bool) -> Work:
+    """Describe a call to the planner. ``needs`` are the optional fields of :class:`Work`."""
     return Work(
         tokens=tokens,
         p=a.shape[1],
         q=b.shape[0],
         m=b.shape[1],
         wide=wide,
-        needs_input=needs_input,
-        needs_parameters=needs_parameters,
-        needs_weight=needs_weight,
-        alone=alone,
         weight_cost=b.weight_cost,
         token_cost=b.token_cost,
+        **needs,
     )
 
 
-def known(size: int) -> bool:
-    """Whether a size is a number, and not one that a graph is to be for any value of."""
+def is_static(size: int) -> bool:
+    """Whether ``size`` is a fixed number, not a symbolic size of a traced or compiled graph."""
     if _tracing():
         return False
     if not torch.compiler.is_compiling():
@@ -184,58 +186,29 @@ def _tracing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
 
 
-def _tokens(tokens: int) -> int:
-    return tokens if known(tokens) else ANY_TOKENS
-
-
-# --- traces --------------------------------------------------------------------------------------
-
-
 def _run(function: Any, *arguments: Any) -> Any:
-    """A trace follows no autograd function: it takes the operations its forward is made of."""
-    tracing = _tracing()
-    return (function.forward if tracing else function.apply)(*arguments)
+    """Call an autograd function. A trace cannot record one, so in a trace call its forward."""
+    return (function.forward if _tracing() else function.apply)(*arguments)
 
 
 def _sizes_as_numbers() -> AbstractContextManager[Any]:
-    """A trace warns of sizes that are used as numbers. Those of weights are always the same."""
+    """Suppress the warnings of ``torch.jit.trace`` about sizes that are used as numbers.
+
+    The sizes of weights and bases are the same in every call.
+    """
     if not _tracing():
         return nullcontext()
     return warnings.catch_warnings(action="ignore", category=TracerWarning, record=False)
 
 
-# shape: x (..., in) -> (..., out)
-def _traced(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lam: Tensor,
-    gamma: Tensor,
-    a: Tensor,
-    b: Operator,
-    scaling: float,
-) -> Tensor:
-    """The linear map for a trace, which is to be for any number of tokens: through the weight."""
-    if weight is not None:
-        w = effective_weight(weight, lam, gamma, a, b, scaling=scaling)
-    else:
-        with _sizes_as_numbers():
-            wide = bool(x.shape[-1] > a.shape[1])
-        w = delta_weight(lam, gamma, a, b, scaling=scaling, wide=wide)
-    return F.linear(x, w, bias)
-
-
-# --- checks --------------------------------------------------------------------------------------
-
-
 def check_input(x: Tensor, in_features: int, dtype: torch.dtype) -> None:
-    """Raise unless ``x`` is a tensor of shape ``(..., in_features)`` and of the given dtype."""
+    """Raise an error unless ``x`` is a tensor of shape ``(..., in_features)`` in ``dtype``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"input x must be a tensor, got {type(x).__name__}")
     if x.dtype != dtype:
         raise TypeError(f"input x must be a tensor of {dtype}, got {x.dtype}")
     if _tracing():
-        return  # it would take the comparison of sizes for one of data
+        return  # in a trace sizes are tensors: comparing them would raise a warning
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise ValueError(f"input x must have shape (..., {in_features}), got {tuple(x.shape)}")
 
@@ -256,8 +229,8 @@ def _check_shapes(lam: Tensor, gamma: Tensor, a: Tensor, b: Operator) -> None:
 
 def _check_weight(weight: Tensor, gamma: Tensor, b: Operator) -> None:
     (out, in_), q, p = weight.shape, b.shape[0], gamma.shape[1]
-    # One by one: compilers do not look for sizes that they do not know in tuples.
+    # Compared one by one: compilers do not search a tuple for a symbolic size.
     if not ((out == q and in_ == p) or (out == p and in_ == q)):
         raise ValueError(
-            f"weight of shape {tuple(weight.shape)} does not fit bases for q={q} and p={p}"
+            f"weight of shape {tuple(weight.shape)} does not fit: needed is {(q, p)} or {(p, q)}"
         )

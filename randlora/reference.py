@@ -1,7 +1,7 @@
-"""The method, written as the paper writes it: the oracle of tests and benchmarks.
+"""The method as the paper writes it: the reference for tests and benchmarks.
 
-Slow on purpose and free of cleverness. Nothing in the package's own path calls it; autograd
-differentiates it, so that it is the oracle of the gradients too.
+It is slow and simple on purpose, and the package itself does not use it. Autograd differentiates
+it, so it is the reference for gradients too.
 """
 
 from __future__ import annotations
@@ -9,19 +9,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = ["delta_weight", "linear"]
+
 
 def delta_weight(
     a: Tensor, b: Tensor, lam: Tensor, gamma: Tensor, *, scaling: float = 1.0, wide: bool = False
 ) -> Tensor:
-    """Return ``ΔW = scaling · Σ_j B_j Λ_j A Γ_j`` (paper, equation 4) as a loop over the bases.
+    """Return ``ΔW = scaling · Σ_j B_j Λ_j A Γ_j`` (paper, equation 4), as a loop over the bases.
 
     Args:
         a: the shared base ``A``, shape ``(r, p)``.
         b: the bases ``B_j`` side by side, shape ``(q, n·r)``.
         lam: the diagonals of ``Λ_j``, shape ``(n, r)``.
         gamma: the diagonals of ``Γ_j``, shape ``(n, p)``.
-        scaling: the factor before the sum.
-        wide: whether the layer has ``out < in``; the sum is then transposed.
+        scaling: the factor of the sum.
+        wide: whether the layer has ``out < in``. The sum is then transposed.
 
     Returns:
         Shape ``(q, p)``, or ``(p, q)`` if wide: always ``out × in``.
@@ -45,7 +47,17 @@ def linear(
     *,
     scaling: float = 1.0,
 ) -> Tensor:
-    """Return ``x (W0 + ΔW)ᵀ + bias`` for ``x`` of ``(..., in)`` and ``W0`` of ``(out, in)``."""
+    """Return ``x (W0 + ΔW)ᵀ + bias``.
+
+    Args:
+        x: shape ``(..., in)``.
+        weight: ``W0``, shape ``(out, in)``.
+        bias: shape ``(out,)``, or None.
+        a, b, lam, gamma, scaling: as in :func:`delta_weight`.
+
+    Returns:
+        Shape ``(..., out)``.
+    """
     out_features, in_features = weight.shape
     delta = delta_weight(a, b, lam, gamma, scaling=scaling, wide=out_features < in_features)
     y = x @ (weight + delta).T

@@ -1,4 +1,4 @@
-"""Whole models of transformers, small and randomly initialised, under the contract of modules."""
+"""Whole models of the library transformers, small and random, must keep the module contract."""
 
 import copy
 from collections.abc import Callable
@@ -13,19 +13,17 @@ from torch import nn
 
 import randlora
 from randlora import reference
-from randlora.adapted import adapted_modules
+from randlora.model.index import adapted_modules
+from tests.support.tiny import GPT, LLAMA, TEXT, TOKENS, VOCABULARY, D, sizes
 
 transformers = pytest.importorskip("transformers")
-
-VOCABULARY, D = 40, 16
-TOKENS = torch.arange(3, 17).reshape(2, 7)
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 SOUND = torch.linspace(-1, 1, 2 * 8 * 20).reshape(2, 8, 20)
 
 
 @dataclass(frozen=True)
 class Model:
-    """How to make one and call it, what is adapted of it, and how often."""
+    """How to make a model and call it, and how many of its weights are adapted."""
 
     name: str
     config: str
@@ -38,20 +36,6 @@ class Model:
     output: Callable[[Any], torch.Tensor] = lambda out: out.logits
 
 
-def sizes(**more):
-    return {
-        "vocab_size": VOCABULARY,
-        "hidden_size": D,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 24,
-        **more,
-    }
-
-
-TEXT = {"input_ids": TOKENS}
-LLAMA = sizes(num_key_value_heads=1, max_position_embeddings=32)
-GPT = {"vocab_size": VOCABULARY, "n_embd": D, "n_layer": 2, "n_head": 2, "n_positions": 32}
 WHISPER = {
     "vocab_size": VOCABULARY,
     "d_model": D,
@@ -69,6 +53,7 @@ WHISPER = {
     "eos_token_id": 2,
     "decoder_start_token_id": 1,
 }
+
 T5 = {
     "vocab_size": VOCABULARY,
     "d_model": D,
@@ -85,7 +70,6 @@ CLIP = {
     "projection_dim": 12,
 }
 EXPERTS = {"target_parameters": ["gate_up_proj", "down_proj"]}
-
 MODELS = [
     Model("bert", "BertConfig", "BertForMaskedLM", sizes(), TEXT, 13, ("cls.predictions.decoder",)),
     Model(
@@ -222,6 +206,8 @@ SEQUENCES = {
     "src": torch.linspace(-1, 1, 2 * 7 * D).reshape(2, 7, D),
     "tgt": torch.linspace(1, -1, 2 * 5 * D).reshape(2, 5, D).sin(),
 }
+
+
 MODELS.append(
     Model("torch's transformer", "", "", {}, SEQUENCES, 10, output=lambda out: out),
 )
@@ -232,10 +218,10 @@ def make(case, dtype=torch.float64):
     if not case.cls:
         return encoder_decoder().to(dtype).eval().requires_grad_(False)
     config = getattr(transformers, case.config)(**case.sizes)
-    if dtype == torch.float64:  # which grouped products of experts do not know
+    if dtype == torch.float64:  # grouped products of experts do not support it
         config._experts_implementation = "eager"
     model = getattr(transformers, case.cls)(config)
-    # Frozen, because torch brackets products with weights that require gradients otherwise.
+    # Frozen, because torch orders products differently if weights require gradients.
     return model.to(dtype).eval().requires_grad_(False)
 
 
@@ -259,10 +245,10 @@ def shuffle(model):
 
 
 def by_hand(case, model):
-    """``W0 + ΔW`` of every adapted parameter from the oracle, and the numbers it is made of."""
+    """``W0 + ΔW`` of every adapted parameter from the oracle, the oracle's and the model's Λ, Γ."""
     weights, leaves, parameters = {}, [], []
     for path, module in adapted_modules(model).items():
-        for name, adapter in module._randlora.current.items():
+        for name, adapter in module._randlora.active_updates.items():
             base, (lam, gamma) = module._parameters[name], adapter.parameters(module)
             pair = [t.detach().clone().requires_grad_() for t in (lam, gamma)]
             r, p, q, m = adapter.sizes
@@ -271,7 +257,7 @@ def by_hand(case, model):
             stack = "target_parameters" in case.keywords and len(shape) == 3
             transposed = type(module)._randlora_base.__name__ == "Conv1D"
             rows, columns = shape[-2:] if stack else (shape[0], shape[1:].numel())
-            # Stored is the transpose of a square matrix, which is not wide.
+            # For a square transposed weight, ΔW is stored transposed, as for a wide one.
             wide = rows < columns or (transposed and rows == columns)
             make = partial(reference.delta_weight, a, b, wide=wide)
             deltas = [make(*each) for each in (zip(*pair, strict=True) if stack else [pair])]
@@ -288,11 +274,11 @@ def loss_of(y):
 
 
 def close(one, other):
-    # Norms, softmax and scans of some models are computed in float32 whatever they are given.
+    # Some models always compute norms, softmax and scans in float32.
     return bool((one - other).abs().max() <= 1e-4 * other.abs().max())
 
 
-@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.filterwarnings("ignore")  # warnings of transformers
 @pytest.mark.parametrize("case", MODELS, ids=[case.name for case in MODELS])
 def test_a_whole_model(case):
     plain, model = make(case), make(case)
@@ -309,7 +295,7 @@ def test_a_whole_model(case):
     assert tuple(heads) == case.left_out
     assert names <= {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
-    # As autograd has it for dense updates added by hand.
+    # Outputs and gradients equal autograd's for a dense ΔW that is added by hand.
     shuffle(model.double())
     weights, leaves, parameters = by_hand(case, model)
     inner = _Called(case, plain)
@@ -344,7 +330,7 @@ def test_a_whole_model(case):
 
 
 class _Called(nn.Module):
-    """A model, called as its row of the table says."""
+    """Calls a model as its row of the table says."""
 
     def __init__(self, case, model):
         super().__init__()

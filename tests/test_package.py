@@ -1,9 +1,8 @@
-"""The shape of the package itself: its public names, its direction, what it imports."""
+"""The structure of the package: subpackages, who imports whom, public names, import cost."""
 
 import ast
 import doctest
 import importlib
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,58 +13,27 @@ import torch
 import randlora
 
 SOURCE = Path(randlora.__file__).parent
+MODULES = sorted(path.relative_to(SOURCE).with_suffix("").parts for path in SOURCE.rglob("*.py"))
+FRONT = {("__init__",), ("__main__",)}  # these two may import everything
 
-# What each module may import from the package: imports run one way.
-MAY_IMPORT = {
-    "_checks": set(),
-    "reference": set(),
-    "products": set(),
-    "operators": {"isometry", "products"},
-    "planning": set(),
-    "symbolic": set(),
-    "isometry": set(),
-    "streams": set(),
-    "bases": {"_checks", "isometry", "operators", "streams"},
-    "kernel": {"operators", "planning", "products"},
-    "functional": {"kernel", "operators", "planning"},
-    "adapters": {"_checks", "bases", "operators"},
-    "suspension": set(),
-    "adapted": {
-        *("adapters", "bases", "functional", "operators", "patterns", "suspension", "symbolic"),
-    },
-    "layers": {
-        *("_checks", "adapted", "adapters", "bases", "functional", "kernel", "operators"),
-        *("planning", "symbolic"),
-    },
-    "handlers": {"adapted", "adapters", "functional", "kernel", "layers", "symbolic"},
-    "patterns": set(),
-    "peft_bases": {"_checks", "bases", "streams"},
-    "targets": {"adapted", "adapters", "handlers", "patterns"},
-    "injection": {
-        *("_checks", "adapted", "adapters", "bases", "handlers", "patterns", "peft_bases"),
-        *("streams", "targets"),
-    },
-    "merging": {
-        *("_checks", "adapted", "adapters", "injection", "patterns", "suspension", "targets"),
-    },
-    "arithmetic": {"adapted", "adapters", "injection", "merging", "targets"},
-    "__main__": {"bases", "checkpoint", "contents", "diagnostics", "functional", "operators"},
-    "contents": {
-        *("__version__", "adapted", "adapters", "bases", "handlers", "injection", "patterns"),
-        *("peft_bases", "streams", "targets"),
-    },
-    "checkpoint": {
-        *("_checks", "adapted", "adapters", "bases", "contents", "peft_bases", "streams"),
-    },
-    "peft": {"adapters", "checkpoint", "contents", "handlers", "patterns", "peft_bases", "targets"},
-    "diagnostics": {"adapted", "adapters", "bases", "layers", "patterns", "planning", "targets"},
+# Each subpackage, top-level files that belong to it, and the subpackages that it may import.
+SUBPACKAGES = {
+    "core": ({"functional", "planning", "reference"}, set()),
+    "bases": (set(), {"core"}),
+    "modules": (set(), {"core", "bases"}),
+    "model": (set(), {"core", "bases", "modules"}),
+    "files": ({"checkpoint", "peft"}, {"core", "bases", "modules", "model"}),
 }
+EXTRAS = {"storage": {"safetensors"}, "merge_files": {"safetensors"}}  # optional packages
 
-EXTRAS = {"checkpoint": {"safetensors"}}  # imported where they are needed, with a word if lacking
+
+def subpackage_of(module: tuple[str, ...]) -> str:
+    """The subpackage of a module, from the parts of its name below ``randlora``."""
+    return next(name for name, (beside, _) in SUBPACKAGES.items() if module[0] in {name, *beside})
 
 
-def imports(path):
-    """The modules of the package that a file imports, and the others, by their first name."""
+def imports(path: Path) -> tuple[set[tuple[str, ...]], set[str]]:
+    """What a file imports: modules of the package, and the first names of all others."""
     own, foreign = set(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
@@ -77,51 +45,56 @@ def imports(path):
             if node.module == "randlora":
                 names = [f"randlora.{alias.name}" for alias in node.names]
         for name in names:
-            first, _, rest = name.partition(".")
-            (own if first == "randlora" else foreign).add(rest if first == "randlora" else first)
+            first, *rest = name.split(".")
+            if first == "randlora":
+                own.add(tuple(rest))
+            else:
+                foreign.add(first)
     return own, foreign
 
 
-def test_every_module_has_its_place():
-    assert {path.stem for path in SOURCE.glob("*.py")} == {*MAY_IMPORT, "__init__"}
-
-
-@pytest.mark.parametrize("module", MAY_IMPORT)
-def test_imports_run_one_way(module):
-    own, foreign = imports(SOURCE / f"{module}.py")
-    assert own <= MAY_IMPORT[module]
-    assert foreign <= sys.stdlib_module_names | {"numpy", "torch", *EXTRAS.get(module, ())}
+@pytest.mark.parametrize("name", SUBPACKAGES)
+def test_imports_run_one_way(name):
+    files = [m for m in MODULES if m not in FRONT and subpackage_of(m) == name]
+    allowed = SUBPACKAGES[name][1] | {name}
+    assert files
+    for module in files:
+        own, foreign = imports(SOURCE.joinpath(*module).with_suffix(".py"))
+        assert {subpackage_of(other) for other in own - {("__version__",)}} <= allowed, module
+        others = sys.stdlib_module_names | {"numpy", "torch"} | EXTRAS.get(module[-1], set())
+        assert foreign <= others, module
 
 
 def test_planning_knows_no_tensors():
-    assert imports(SOURCE / "planning.py")[1] <= sys.stdlib_module_names
-
-
-def test_importing_is_free_of_compilers():
-    """torch._dynamo takes a second to import; nothing here needs it."""
-    command = "import sys, torch, randlora; print('torch._dynamo' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", command], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "False"
+    assert imports(SOURCE / "core" / "planning.py")[1] <= sys.stdlib_module_names
 
 
 def test_public_names_are_documented():
     for name in randlora.__all__:
         assert getattr(randlora, name).__doc__, name
-    assert sorted(randlora.__all__) == randlora.__all__
+    assert len(set(randlora.__all__)) == len(randlora.__all__)
 
 
-def test_the_examples_of_the_readme_run():
-    text = (SOURCE.parent / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 3
-    exec("\n".join(blocks), {})
+def test_public_modules_are_imported_in_every_form():
+    lines = ["import sys"]
+    for name in ("checkpoint", "functional", "peft", "planning", "reference"):
+        lines.append(f"import randlora.{name} as one; from randlora import {name} as other")
+        lines.append(f"assert one is other is sys.modules['randlora'].{name}")
+    lines.append("assert 'torch._dynamo' not in sys.modules")  # it takes a second to import
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
 
 
-@pytest.mark.parametrize("name", [name for name in MAY_IMPORT if name != "_checks"])
-def test_the_examples_of_the_docstrings_run(name):
-    module = importlib.import_module(f"randlora.{name}")
-    globs = {"torch": torch, "nn": torch.nn, **vars(module)}
-    failed, _ = doctest.testmod(module, extraglobs=globs)
+@pytest.mark.parametrize("module", [m for m in MODULES if m not in FRONT], ids=".".join)
+def test_the_examples_of_the_docstrings_run(module):
+    found = importlib.import_module(".".join(("randlora", *module)))
+    public = {name: getattr(randlora, name) for name in randlora.__all__}
+    failed, _ = doctest.testmod(found, extraglobs={**public, "torch": torch, "nn": torch.nn})
     assert not failed
+
+
+def test_no_test_imports_another():
+    folder = Path(__file__).parent
+    for path in folder.rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert "test_" not in str(node.module), f"{path.name} imports {node.module}"

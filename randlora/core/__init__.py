@@ -1,0 +1,1 @@
+"""Computes ΔW and its products on tensors. Imports no other subpackage of randlora."""

@@ -1,0 +1,124 @@
+"""``KroneckerOperator``: a ``B`` applied by its two Kronecker factors, and the costs of doing so.
+
+``B / scale`` is the leading ``q × m`` block of ``R1 ⊗ R2``. ``R1`` has shape ``(q1, m1)`` and
+``R2`` has shape ``(q2, m2)``, with ``q1 q2 ≥ q`` and ``m1 m2 ≥ m``. ``scale = √(q1 q2)``.
+:mod:`randlora.bases.isometry` chooses the factors.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from randlora.core.matmul import addmm_, baddbmm_, bmm, in_place, mm, uses_onednn
+from randlora.core.operators import DenseOperator, Stored
+
+Shape = tuple[int, int]
+
+RATE = 13  # cost of one multiply-add in a product with a small matrix
+_CALLS = 100_000  # cost of the calls for a second factor, divided by 1000 columns or tokens
+
+
+def kronecker_costs(q: int, m: int, left: Shape, right: Shape) -> tuple[int, int]:
+    """The costs for each column of a matrix like the weight, and for each token.
+
+    They are in tenths of multiply-adds, and were fitted to measurements in float32
+    (``benchmarks/README.md``). ``left`` and ``right`` are the shapes of the factors.
+    :func:`randlora.bases.isometry.factor_shapes` chooses these shapes by the costs, so changing a
+    number here changes the format of the bases.
+
+    Products with ``R2``, and products of ``R1`` with many columns, run at three quarters of the
+    rate of a large product. The batched products of ``R1`` with tokens run at three fifths of it.
+    With fewer than 12 columns, they take as long as with about 40. Each number read and written
+    counts as 28 multiply-adds. Each number copied for padding or cutting counts as 30 on the ``q``
+    side and 15 on the ``m`` side. If there is only one factor (``q1 = 1``), it is applied as a
+    dense matrix.
+    """
+    (q1, m1), (q2, m2), rows = left, right, max(q, m)
+    passes = 280 * rows
+    if q1 == 1:
+        return 10 * q * m + passes, 10 * q * m + passes
+    passes += 300 * rows * (q1 * q2 > q) + 150 * m * (m1 * m2 > m) + _CALLS
+    column = RATE * q1 * m2 * (q2 + m1) + passes
+    token = RATE * q1 * m2 * q2 + q1 * m1 * (17 * m2 if m2 >= 12 else 700) + passes
+    return column, token
+
+
+class KroneckerOperator(Stored):
+    """``(R1 ⊗ R2)[:q, :m]``, applied one factor at a time.
+
+    This takes ``1 / m1 + 1 / q2`` of the multiply-adds of the dense product, and somewhat more if
+    rows or columns are cut. With a matrix like the weight, ``R1`` is applied in one product and
+    ``R2`` in one product for each of the ``q1`` blocks. With tokens, ``R2`` is applied in one
+    product and ``R1`` in one product for each token, so row-major tokens are not transposed. Such
+    small products run at a lower rate, see :func:`kronecker_costs`. In low precision the result of
+    the first factor is rounded.
+    """
+
+    by_columns = False
+
+    def __init__(self, left: Tensor, right: Tensor, shape: Shape) -> None:
+        self.left, self.right, self.shape = left, right, shape
+        (q1, m1), (q2, m2) = left.shape, right.shape
+        self.scale = math.sqrt(q1 * q2)
+        # Costs are relative to the dense product. oneDNN makes the dense product twice as fast, but
+        # computes only few of the products here, because they are small.
+        faster = 2 if uses_onednn(left.dtype, left.device) else 1
+        self.weight_cost, self.token_cost = (
+            100 * faster * tenths // math.prod(shape)
+            for tenths in kronecker_costs(*shape, (q1, m1), (q2, m2))
+        )
+
+    def mm(self, c: Tensor) -> Tensor:
+        q1, q2 = len(self.left), len(self.right)
+        return bmm(self.right, self._left_first(c)).view(q1 * q2, -1)[: self.shape[0]]
+
+    def tmm(self, g: Tensor) -> Tensor:
+        (q1, m1), (q2, m2), k = self.left.shape, self.right.shape, g.shape[1]
+        blocks = bmm(self.right.T, _padded(g, q1 * q2, 0).view(q1, q2, k))
+        return mm(self.left.T, blocks.view(q1, m2 * k)).view(m1 * m2, k)[: self.shape[1]]
+
+    def addmm_(self, total: Tensor, c: Tensor) -> Tensor:
+        q1, q2 = len(self.left), len(self.right)
+        if total.shape[0] == q1 * q2 and total.is_contiguous():
+            added = baddbmm_(total.view(q1, q2, -1), self.right, self._left_first(c))
+            return added.view(total.shape)
+        return _added(total, self.mm(c))
+
+    def tokens_mm(self, x: Tensor) -> Tensor:
+        (q1, m1), (q2, m2), k = self.left.shape, self.right.shape, len(x)
+        blocks = mm(_padded(x, q1 * q2, 1).view(k * q1, q2), self.right).view(k, q1, m2)
+        return bmm(self.left.T, blocks).view(k, m1 * m2)[:, : self.shape[1]]
+
+    def tokens_addmm_(self, total: Tensor, h: Tensor) -> Tensor:
+        (q1, m1), (q2, m2), k = self.left.shape, self.right.shape, len(h)
+        blocks = bmm(self.left, _padded(h, m1 * m2, 1).view(k, m1, m2)).view(k * q1, m2)
+        if total.shape[1] == q1 * q2 and total.is_contiguous():
+            return addmm_(total.view(k * q1, q2), blocks, self.right.T).view(total.shape)
+        return _added(total, mm(blocks, self.right.T).view(k, q1 * q2)[:, : self.shape[0]])
+
+    def rows(self, places: Tensor, dtype: torch.dtype) -> DenseOperator:
+        q2 = len(self.right)
+        left, right = self.left[places // q2], self.right[places % q2]
+        entries = (left.unsqueeze(2) * right.unsqueeze(1)).flatten(1)[:, : self.shape[1]]
+        return DenseOperator(entries.to(dtype).contiguous(), self.scale)
+
+    # shape: (m, k) -> (q1, m2, k)
+    def _left_first(self, c: Tensor) -> Tensor:
+        (q1, m1), (_, m2), k = self.left.shape, self.right.shape, c.shape[1]
+        return mm(self.left, _padded(c, m1 * m2, 0).view(m1, m2 * k)).view(q1, m2, k)
+
+
+def _added(total: Tensor, product: Tensor) -> Tensor:
+    return total.add_(product) if in_place() else total + product
+
+
+def _padded(matrix: Tensor, size: int, dim: int) -> Tensor:
+    """``matrix`` with zeros appended up to ``size`` rows (``dim`` 0) or columns, contiguous."""
+    lacking = size - matrix.shape[dim]
+    if lacking:
+        return F.pad(matrix, (0, 0, 0, lacking) if dim == 0 else (0, lacking))
+    return matrix.contiguous()

@@ -1,0 +1,164 @@
+"""``Operator``: how the kernel applies ``B``, and the operators that store every entry of ``B``.
+
+An operator is the *unit* base, ``B / scale``. So signs stay exact in every dtype, and the kernel
+multiplies by ``scale`` where that costs nothing. In float16, ``scale`` is chosen so large that the
+columns and rows of the unit base have lengths near one, so a product stays about the size of its
+input. A new kind of basis that is cheaper to apply is a new class with this interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from randlora.core.matmul import addmm_, apply_to_parts, mm
+
+_SLICE = 256  # rows or columns of signs cast at a time
+
+
+class Operator(Protocol):
+    """The unit base ``B / scale``, shape ``(q, m)``, given by five products. Called ``B`` below.
+
+    ``mm``, ``tmm`` and ``addmm_`` take matrices with columns of the weight. ``tokens_mm`` and
+    ``tokens_addmm_`` take tokens. If ``by_columns``, ``tokens_mm`` returns ``(k, m)`` stored by
+    columns, and ``tokens_addmm_`` is fastest if ``h`` is, too. Results are in the dtype of the
+    argument. ``addmm_`` and ``tokens_addmm_`` may overwrite ``total``, as in
+    :mod:`randlora.core.matmul`. In low precision, dense products are rounded once.
+    """
+
+    scale: float
+    by_columns: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(q, m)``."""
+        ...
+
+    @property
+    def weight_cost(self) -> int:
+        """The cost of a product with a matrix like the weight, in thousandths of a dense one."""
+        ...
+
+    @property
+    def token_cost(self) -> int:
+        """The cost of a product with tokens, in thousandths of a dense one."""
+        ...
+
+    def mm(self, c: Tensor) -> Tensor:
+        """``B c``: ``(m, k)`` to ``(q, k)``."""
+        ...
+
+    def tmm(self, g: Tensor) -> Tensor:
+        """``Bᵀ g``: ``(q, k)`` to ``(m, k)``."""
+        ...
+
+    def addmm_(self, total: Tensor, c: Tensor) -> Tensor:
+        """``total + B c``: ``(q, k)`` and ``(m, k)`` to ``(q, k)``."""
+        ...
+
+    def tokens_mm(self, x: Tensor) -> Tensor:
+        """``x B``: ``(k, q)`` to ``(k, m)``."""
+        ...
+
+    def tokens_addmm_(self, total: Tensor, h: Tensor) -> Tensor:
+        """``total + h Bᵀ``: ``(k, q)`` and ``(k, m)`` to ``(k, q)``."""
+        ...
+
+    def rows(self, places: Tensor, dtype: torch.dtype) -> DenseOperator:
+        """The rows of ``B`` at ``places``, shape ``(k,)``, as an operator of shape ``(k, m)``."""
+        ...
+
+
+class Stored:
+    """An operator that holds tensors."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors_of(self))
+
+
+class _Entries(Stored):
+    """A unit base of which every entry is stored."""
+
+    weight_cost = token_cost = 1000
+    by_columns = False
+
+    def __init__(self, entries: Tensor, scale: float = 1.0, unit: float | None = None) -> None:
+        self.entries = entries
+        self.scale = scale
+        self.unit = unit  # products multiply the entries by this power of two; None means 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(q, m)``."""
+        q, m = self.entries.shape
+        return q, m
+
+    def rows(self, places: Tensor, dtype: torch.dtype) -> DenseOperator:
+        return DenseOperator(self.entries[places].to(dtype), self.scale, self.unit)
+
+
+class DenseOperator(_Entries):
+    """A unit base stored in the dtype of the products."""
+
+    def mm(self, c: Tensor) -> Tensor:
+        return mm(self.entries, c, self.unit)
+
+    def tmm(self, g: Tensor) -> Tensor:
+        return mm(self.entries.T, g, self.unit)
+
+    def addmm_(self, total: Tensor, c: Tensor) -> Tensor:
+        return addmm_(total, self.entries, c, self.unit)
+
+    def tokens_mm(self, x: Tensor) -> Tensor:
+        return mm(x, self.entries, self.unit)
+
+    def tokens_addmm_(self, total: Tensor, h: Tensor) -> Tensor:
+        return addmm_(total, h, self.entries.T, self.unit)
+
+
+class SignOperator(_Entries):
+    """A unit base stored as int8 signs. A product casts them one slice at a time.
+
+    In a product with ``k`` columns the casts are about ``1 / k`` of the work.
+    """
+
+    def mm(self, c: Tensor) -> Tensor:
+        return torch.cat([mm(signs, c, self.unit) for signs in self._cast(0, c.dtype)])
+
+    def tmm(self, g: Tensor) -> Tensor:
+        return torch.cat([mm(signs.T, g, self.unit) for signs in self._cast(1, g.dtype)])
+
+    def addmm_(self, total: Tensor, c: Tensor) -> Tensor:
+
+        def plus(part: Tensor, rows: slice) -> Tensor:
+            return addmm_(part, self.entries[rows].to(c.dtype), c, self.unit)
+
+        return apply_to_parts(total, self._slices(), 0, plus)
+
+    def tokens_mm(self, x: Tensor) -> Tensor:
+        return torch.cat([mm(x, signs, self.unit) for signs in self._cast(1, x.dtype)], 1)
+
+    def tokens_addmm_(self, total: Tensor, h: Tensor) -> Tensor:
+
+        def plus(part: Tensor, rows: slice) -> Tensor:
+            return addmm_(part, h, self.entries[rows].to(h.dtype).T, self.unit)
+
+        return apply_to_parts(total, self._slices(), 1, plus)
+
+    def _slices(self) -> list[slice]:
+        return [slice(lo, lo + _SLICE) for lo in range(0, len(self.entries), _SLICE)]
+
+    def _cast(self, dim: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        return (signs.to(dtype) for signs in torch.split(self.entries, _SLICE, dim))
+
+
+def tensors_of(operator: Operator | Stored) -> Iterator[Tensor]:
+    """The tensors that an operator holds."""
+    for value in vars(operator).values():
+        parts = value if isinstance(value, tuple) else (value,)
+        yield from (part for part in parts if isinstance(part, Tensor))

@@ -1,0 +1,147 @@
+"""``FactoredUpdate``: ``ΔW`` computed in tiles from its factors ``A``, ``B``, ``Λ`` and ``Γ``.
+
+``C``, ``G``, ``P`` and ``ΔW`` have ``p`` columns (``ΔW`` has ``p`` rows if wide). A tile is a slice
+of these columns, so narrow that no temporary matrix takes more than :data:`TRANSIENT_BYTES`. Shapes
+and equations are in :mod:`randlora.core.kernel`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from randlora.core.matmul import apply_to_parts, in_place
+from randlora.core.operators import Operator
+
+# The limit for a temporary matrix of the shape of the weight, of C or of P. To change it, assign to
+# it in this module. A layer of 14336 x 4096 in float32 is just within it. The output of a larger
+# layer after injection equals the plain layer's up to rounding, not bit for bit.
+TRANSIENT_BYTES = 256 * 2**20
+
+_PART_BYTES = 4 * 2**20  # bytes of C formed at a time while it is added to a weight
+
+
+def tile_width(rows: int, itemsize: int) -> int:
+    """The number of columns of a tile: as many as ``TRANSIENT_BYTES`` allows, at least 128."""
+    return max(128, TRANSIENT_BYTES // (rows * itemsize))
+
+
+class FactoredUpdate:
+    """Computes, tile by tile, what products with ``ΔW`` and its gradients need.
+
+    The dtype of ``A`` is that of the products.
+    """
+
+    def __init__(
+        self, lam: Tensor, gamma: Tensor, a: Tensor, b: Operator, scaling: float, wide: bool
+    ) -> None:
+        self.lam, self.gamma, self.a, self.b, self.wide = lam, gamma, a, b, wide
+        self.scaling = scaling * b.scale
+        self.wider = torch.promote_types(torch.promote_types(lam.dtype, a.dtype), torch.float32)
+        self.dim = 0 if wide else 1  # the dimension of the weight that has size p
+
+    @property
+    def out_features(self) -> int:
+        """``out``."""
+        return self.a.shape[1] if self.wide else self.b.shape[0]
+
+    def tiles(self) -> list[slice]:
+        """Slices of the ``p`` columns, whose widths differ by at most 1.
+
+        A narrow last tile would take a pass over all tokens for only a few columns.
+        """
+        p = self.a.shape[1]
+        count = -(-p // tile_width(max(self.b.shape), self.wider.itemsize))
+        return [slice(p * i // count, p * (i + 1) // count) for i in range(count)]
+
+    # shape: -> (m, tile)
+    def c(self, tile: slice) -> Tensor:
+        """``scaling · C``, computed in the wider dtype and rounded once to that of ``A``."""
+        lam, gamma = self.scaling * self.lam.to(self.wider), self.gamma[:, tile].to(self.wider)
+        c = lam.unsqueeze(2) @ gamma.unsqueeze(1)  # faster as a product than as a broadcast
+        return _times(c, self.a[:, tile]).flatten(0, 1).to(self.a.dtype)
+
+    # shape: weight (out, in) -> (out, in)
+    def whole(self, weight: Tensor | None) -> Tensor:
+        """``W0 + ΔW``, with the strides of ``W0``, or ``ΔW`` if ``weight`` is None."""
+        tiles = self.tiles()
+        if weight is None or weight.dtype != self.a.dtype or not in_place():
+            parts = [self.effective(weight, tile) for tile in tiles]
+            total = parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
+            return total if weight is None else _laid_out(total, weight)
+        return apply_to_parts(weight.clone(), tiles, self.dim, self._plus)
+
+    # shape: weight (out, in) -> (q, tile), (tile, q) if wide
+    def effective(self, weight: Tensor | None, tile: slice) -> Tensor:
+        """The columns (rows, if wide) of ``W0 + ΔW`` in one tile, in the dtype of ``A``.
+
+        In low precision the sum is rounded once, from the accumulator of the product. There are two
+        exceptions, in which ``ΔW`` or an intermediate result is rounded first: if ``B`` is applied
+        by gathering or by factors, and under autocast. Relative to the rounding of the sum, this
+        rounding is as small as ``ΔW`` relative to ``W0``.
+        """
+        wide, dtype = self.wide, self.a.dtype
+        base = None if weight is None else weight[tile] if wide else weight[:, tile]
+        if base is None or base.dtype != dtype:  # under autocast W0 has a wider dtype
+            delta = self.b.mm(self.c(tile))
+            delta = delta.T if wide else delta
+            return delta if base is None else _laid_out((base + delta).to(dtype), base)
+        if in_place():
+            return self._plus(base.clone(), tile)
+        return _laid_out(self._plus(base, tile), base)
+
+    # shape: total and result (q, tile), (tile, q) if wide
+    def _plus(self, total: Tensor, tile: slice) -> Tensor:
+        """Add these columns (rows, if wide) of ``ΔW`` to ``total``."""
+        width = size = tile.stop - tile.start
+        if in_place():  # in parts, so that C is never in memory as a whole
+            width = max(128, _PART_BYTES // (self.b.shape[1] * self.a.dtype.itemsize))
+
+        def plus(part: Tensor, at: slice) -> Tensor:
+            c = self.c(slice(tile.start + at.start, tile.start + at.stop))
+            return self.b.tokens_addmm_(part, c.T) if self.wide else self.b.addmm_(part, c)
+
+        parts = [slice(lo, min(lo + width, size)) for lo in range(0, size, width)]
+        return apply_to_parts(total, parts, self.dim, plus)
+
+    # shape: g (q, tile) -> (m, tile)
+    def p_matrix(self, g: Tensor) -> Tensor:
+        """``P / scaling``, from ``G``.
+
+        In float16, ``G`` is first divided by a power of two that brings its largest entry near one.
+        """
+        if self.a.dtype != torch.float16:
+            return self.b.tmm(g)
+        largest = torch.linalg.vector_norm(g.detach().float(), torch.inf)
+        largest = largest.clamp_min(torch.finfo(torch.float32).tiny)
+        power: Tensor = largest / torch.frexp(largest).mantissa  # a power of two, or NaN
+        return self.b.tmm((g.float() / power).to(torch.float16)).float() * power
+
+    # shape: p_tile (m, tile) -> (n, r), (n, tile)
+    def parameter_grads(
+        self, p_tile: Tensor, tile: slice, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The tile's share of ``dΛ``, and its columns of ``dΓ``. May overwrite ``p_tile``."""
+        pa = _times(p_tile.reshape(*self.lam.shape, -1).to(self.wider), self.a[:, tile])
+        d_lam = d_gamma = None
+        if needs[0]:
+            gamma = self.scaling * self.gamma[:, tile].to(self.wider)
+            d_lam = (gamma.unsqueeze(1) @ pa.transpose(1, 2)).squeeze(1)
+        if needs[1]:
+            d_gamma = ((self.scaling * self.lam.to(self.wider)).unsqueeze(1) @ pa).squeeze(1)
+        return d_lam, d_gamma
+
+
+def _times(product: Tensor, other: Tensor) -> Tensor:
+    """``product * other``, in place if that is allowed."""
+    return product.mul_(other) if in_place() else product * other
+
+
+def _laid_out(matrix: Tensor, like: Tensor) -> Tensor:
+    """``matrix``, stored by columns if ``like`` is.
+
+    Strides decide which kernel computes a product, and so the last bits of its result.
+    """
+    if not like.is_contiguous() and like.T.is_contiguous():
+        return matrix.T.contiguous().T
+    return matrix

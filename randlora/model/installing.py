@@ -1,0 +1,251 @@
+"""Add an adapter to a model: prepare all that can fail, then install it. Which parameters train.
+
+This module and :mod:`randlora.modules` change the classes and parameters of a user's model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from randlora.bases.bank import BasisBank
+from randlora.model.choosing import TargetWeight
+from randlora.model.index import (
+    TRAINED_BESIDES,
+    ModelIndex,
+    active_adapter,
+    adapted_modules,
+    device_of,
+    moving_buffers,
+    tensor_names,
+)
+from randlora.modules import adapted
+from randlora.modules.adapted import AdaptedModule
+from randlora.modules.classes import adapted_class, can_become
+from randlora.modules.recurrent import AdaptedRNN
+from randlora.modules.state import state_of, tensor_of
+from randlora.modules.table import handler_of
+from randlora.modules.weight_update import DEFAULT, Settings, WeightUpdate
+
+
+@dataclass
+class ModuleChanges:
+    """What an adapter adds to one module, complete before the module is changed."""
+
+    updates: dict[WeightUpdate, tuple[nn.Parameter, nn.Parameter]] = field(default_factory=dict)
+    copies: dict[str, tuple[str, Tensor]] = field(default_factory=dict)  # by name: key, tensor
+    fully_trained: bool = False
+    new_class: Any = None
+
+
+Changes: TypeAlias = dict[nn.Module, ModuleChanges]
+
+
+def prepare(
+    index: ModelIndex,
+    adapter: str,
+    updates: Mapping[TargetWeight, tuple[Settings, BasisBank]],
+    saved: Iterable[nn.Module],
+    also: Mapping[nn.Module, Iterable[str]] | None = None,
+) -> Changes:
+    """Make everything that a new adapter needs, or raise. The model is not changed.
+
+    The adapter trains the modules in ``saved`` in full. It also gets copies of the parameters and
+    buffers that ``also`` names.
+    """
+    changes: Changes = {}
+    for (module, spec), (settings, bank) in updates.items():
+        update = WeightUpdate(adapter, spec, settings, bank)
+        _refuse_taken_names(index, module, adapter, update.parameter_names)
+        bank.reserve(*update.sizes)
+        made = update.make_parameters(device_of(module))
+        changes.setdefault(module, ModuleChanges()).updates[update] = made
+    saved = set(saved)
+    wanted = {}
+    for module in index.names:
+        usual = tensor_names(module) if module in saved else moving_buffers(module)
+        wanted[module] = list(dict.fromkeys([*usual, *(also or {}).get(module, ())]))
+    _add_copies(index, adapter, changes, wanted)
+    for module, own in changes.items():
+        own.fully_trained = module in saved
+        own.new_class = _new_class(index, module, own)
+    for module, own in changes.items():  # after all sizes are reserved
+        for update in own.updates:
+            update.draw_bases(module)
+    return changes
+
+
+def prepare_copies(
+    index: ModelIndex, adapter: str, wanted: Mapping[nn.Module, Iterable[str]]
+) -> Changes:
+    """Make copies of further parameters and buffers for an adapter that the model has, or raise."""
+    changes: Changes = {}
+    _add_copies(index, adapter, changes, wanted)
+    for module, own in changes.items():
+        own.new_class = _new_class(index, module, own)
+    return changes
+
+
+def install(index: ModelIndex, adapter: str, changes: Changes) -> None:
+    """Add an adapter to the model, freeze all else; the active adapter stays, if there is one."""
+    before = index.adapted
+    active = active_adapter(before) if before else adapter
+    _freeze(index, active if before else None)
+    install_changes(adapter, changes, active)
+    train(index.model)
+
+
+def install_changes(adapter: str, changes: Changes, active: str) -> None:
+    """Put the parameters, copies and classes of an adapter into their modules."""
+    for module, own in changes.items():
+        for name in own.copies:
+            if (parameter := module._parameters.get(name)) is not None:
+                parameter.requires_grad_(False)
+        adapted.install(module, adapter, own.updates, own.copies, fully_trained=own.fully_trained)
+        state_of(module).active = active
+        object.__setattr__(module, "__class__", own.new_class)
+
+
+def _add_copies(
+    index: ModelIndex, adapter: str, changes: Changes, wanted: Mapping[nn.Module, Iterable[str]]
+) -> None:
+    """Copy tensors for an adapter. A tensor that several modules share gets one copy."""
+    made: dict[int, Tensor] = {}
+    prefix = "" if adapter == DEFAULT else f"{adapter}_"
+    for module, names in wanted.items():
+        keys = {name: f"{prefix}randlora_copy_{name}" for name in names}
+        _refuse_taken_names(index, module, adapter, keys.values())
+        for name, key in keys.items():
+            tensor = tensor_of(module, name)
+            assert tensor is not None
+            if id(tensor) not in made:
+                with torch.inference_mode(False):
+                    copied = tensor.detach().clone()
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(copied) if is_parameter else copied
+            changes.setdefault(module, ModuleChanges()).copies[name] = key, made[id(tensor)]
+
+
+def _refuse_taken_names(
+    index: ModelIndex, module: nn.Module, adapter: str, keys: Iterable[str]
+) -> None:
+    for key in keys:
+        if hasattr(module, key):
+            raise TypeError(
+                f"{index.name(module)!r} has an attribute {key!r}, which adapter {adapter!r} would "
+                "need"
+            )
+
+
+def _new_class(index: ModelIndex, module: nn.Module, changes: ModuleChanges) -> Any:
+    """The adapted class for a module, after checking that the module can change to it."""
+    names = {update.spec.parameter for update in changes.updates if not update.spec.unreadable}
+    names |= {name for name, (_, t) in changes.copies.items() if isinstance(t, nn.Parameter)}
+    buffers = set(changes.copies) - names
+    handler = handler_of(module)
+    mixin: type[AdaptedModule] = AdaptedModule
+    has_updates = bool(changes.updates) or any(state_of(module).all_updates())
+    if has_updates and not isinstance(handler, str):
+        mixin = handler.mixin
+    elif isinstance(module, nn.RNNBase):
+        mixin = AdaptedRNN
+    made = adapted_class(type(module), mixin, frozenset(names), frozenset(buffers))
+    for name in names | buffers:
+        if not isinstance(inspect.getattr_static(made, name, None), property):
+            raise TypeError(
+                f"{name!r} of {index.name(module)!r} cannot be an adapter's: its class, "
+                f"{type(module).__name__}, was made for updates of other parameters"
+            )
+    if not can_become(type(module), made):
+        raise TypeError(
+            f"{index.name(module)!r} cannot be an adapter's: Python cannot change objects of its "
+            f"class, {type(module).__name__}"
+        )
+    return made
+
+
+def untrainable(module: nn.Module) -> str | None:
+    """The reason why a module (not those beneath it) cannot be trained in full, or None."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "code compiled by TorchScript, which reads its parameters outside of Python"
+    for name, parameter in module.named_parameters(recurse=False):
+        trainable = parameter.is_floating_point() or parameter.is_complex()
+        if not trainable or parameter.is_inference():
+            return f"{name!r}, {'an inference tensor' if trainable else parameter.dtype}"
+    return None
+
+
+def _freeze(index: ModelIndex, active: str | None) -> None:
+    """Freeze every parameter and drop gradients, except those of the active adapter.
+
+    An optimiser that still has a parameter would go on moving it by its old gradient. Parameters
+    that were trained beside the active adapter are noted, so that `save_adapter` finds them.
+    """
+    for module in index.names:
+        state = state_of(module)
+        owner = {key: name for name in state.adapter_names for key in state.keys_of(name)}
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad:
+                continue
+            parameter.requires_grad_(False)
+            if active is None or owner.get(name) != active:
+                parameter.grad = None
+            if active and name not in owner and name not in state.copies.get(active, {}):
+                besides = module.__dict__.setdefault(TRAINED_BESIDES, {})
+                besides.setdefault(active, set()).add(name)
+
+
+def train(model: nn.Module) -> None:
+    """Make the parameters of the active adapter require gradients, and freeze other adapters.
+
+    A frozen parameter loses its gradient, so that an optimiser that has it does not move it.
+    """
+    for module in adapted_modules(model).values():
+        state = module._randlora
+        for name in state.adapter_names:
+            for parameter in (*_numbers(module, name), *_copied_parameters(module, name)):
+                parameter.requires_grad_(name == state.active)
+                if name != state.active:
+                    parameter.grad = None
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters to give to the optimiser: ``Λ``, ``Γ``, then those of ``modules_to_save``.
+
+    These are the parameters of the active adapter, each once, in the order of ``model.modules()``.
+    After :func:`set_adapter` or :func:`load_adapter` make a new optimiser: the old one has the
+    parameters of the adapter that was active when it was made.
+
+    Raises:
+        ValueError: if no layer of ``model`` is adapted, or parts of it have different active
+            adapters.
+    """
+    modules = adapted_modules(model)
+    adapter = active_adapter(modules)
+    numbers = [p for module in modules.values() for p in _numbers(module, adapter)]
+    copied = [p for module in modules.values() for p in _copied_parameters(module, adapter)]
+    return list(dict.fromkeys(numbers + copied))
+
+
+def _numbers(module: Any, adapter: str) -> list[nn.Parameter]:
+    """``Λ`` and ``Γ`` of an adapter in a module; if parametrized, the parameters behind them."""
+    found: list[nn.Parameter] = []
+    for update in module._randlora.updates.get(adapter, {}).values():
+        for name in update.parameter_names:
+            if (parameter := module._parameters.get(name)) is not None:
+                found.append(parameter)
+            else:
+                found += module.parametrizations[name].parameters()
+    return found
+
+
+def _copied_parameters(module: Any, adapter: str) -> list[nn.Parameter]:
+    """An adapter's own copies of parameters in a module."""
+    keys = module._randlora.copies.get(adapter, {}).values()
+    copied = (module._parameters.get(key) for key in keys)
+    return [parameter for parameter in copied if parameter is not None]

@@ -1,0 +1,325 @@
+"""``RandLoRALinear``: an ``nn.Linear`` with a frozen weight and a trained full-rank update."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from randlora.bases.bank import BasisBank
+from randlora.core.checks import as_positive_int
+from randlora.core.kernel import autocast_dtype
+from randlora.core.operators import Operator
+from randlora.core.planning import AUTOMATIC, Choice, Plan, choose
+from randlora.functional import check_input, randlora_linear, work_of
+from randlora.modules.adapted import AdaptedModule, install, reset
+from randlora.modules.classes import adapted_class
+from randlora.modules.effective import active_tensor, delta_of
+from randlora.modules.fx import call_node
+from randlora.modules.weight_update import (
+    DEFAULT,
+    Settings,
+    WeightSpec,
+    WeightUpdate,
+    why_unsupported,
+)
+
+
+class RandLoRALinear(AdaptedModule, nn.Linear):
+    r"""A linear layer with a frozen weight and a trained update of full rank.
+
+    .. math:: y = x\,(W_0 + \Delta W)^\top + b, \qquad
+              \Delta W = \frac{\alpha}{r} \sum_{j=1}^{n} B_j \Lambda_j A \Gamma_j
+
+    (paper, equation 4); if ``out < in``, the sum is transposed. With ``p = min(out, in)``,
+    ``q = max(out, in)`` and ``n = ceil(p / r)``, only ``Λ`` (``randlora_lambda``, shape ``(n, r)``)
+    and ``Γ`` (``randlora_gamma``, shape ``(n, p)``) are trained. These are ``n (r + p)`` numbers,
+    fewer for a larger rank. They are created in float32 whatever the dtype of the weight; only
+    ``layer.to(dtype)`` changes that.
+
+    **Initialisation.** ``Γ = 0`` and ``Λ = 1/√(n r)``, so ``ΔW = 0`` exactly, and the first
+    optimiser step can make ``ΔW`` full rank if the batch has at least ``p`` tokens (proofs:
+    ``docs/theorem.md``). With this ``Λ`` an entry of ``ΔW`` has the variance of ``Γ`` for every
+    size and rank, so the scaling is 1 by default. ``docs/guide.md`` has the paper's scalings.
+
+    **Speed and memory.** In each call a cost model orders the products, see ``docs/speed.md``.
+    :attr:`choice` fixes parts of this plan, for one layer if set on a layer, for all if set on the
+    class. With ``Choice(keep_weight=None)`` the planner may keep ``W0 + ΔW`` from forward to
+    backward, which takes memory and saves time.
+
+    **Weights.** :attr:`weight` is the effective weight, so code that reads it instead of calling
+    the layer (as attention layers do) uses the update. :attr:`base_weight` is the frozen weight. It
+    keeps the name ``weight`` in ``state_dict`` and ``named_parameters``, so checkpoints of plain
+    models load.
+
+    Args:
+        in_features: the size of the last dimension of the input.
+        out_features: the size of the last dimension of the output.
+        bias: whether there is a bias. It is frozen like the weight.
+        device: the device of the parameters.
+        dtype: the dtype of the weight and the bias.
+        rank: ``r``, the rank of one basis, from 1 to ``p``.
+        bank: the :class:`BasisBank` with the bases; by default a ``dense`` bank, which is shared by
+            all layers that are created without one.
+        alpha: ``scaling`` is ``alpha / rank``; by default ``alpha = rank``.
+        dropout: the probability, in ``[0, 1)``, of zeroing an input of the update in training. The
+            frozen weight gets the input without dropout. Code that reads :attr:`weight` (a subclass
+            with its own forward, an attention layer) gets no dropout.
+        num_bases: ``n``, by default ``ceil(p / r)``, which gives full rank. With fewer, the rank of
+            ``ΔW`` is at most ``num_bases · r`` (RandLoRA-b in table 2 of the paper).
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if ``rank``, ``alpha``, ``dropout`` or ``num_bases`` is out of range.
+
+    Example:
+        >>> layer = RandLoRALinear(768, 3072, rank=6)
+        >>> layer(torch.randn(2, 50, 768)).shape
+        torch.Size([2, 50, 3072])
+        >>> layer.num_bases
+        128
+    """
+
+    _randlora_base = nn.Linear
+    choice: Choice = AUTOMATIC
+    randlora_lambda: nn.Parameter
+    randlora_gamma: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank: int,
+        bank: BasisBank | None = None,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        num_bases: int | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        spec = linear_spec(self)
+        settings = Settings.of(spec, rank=rank, alpha=alpha, dropout=dropout, num_bases=num_bases)
+        self._adapt(WeightUpdate(DEFAULT, spec, settings, _bank_or_default(bank)))
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        rank: int,
+        bank: BasisBank | None = None,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        num_bases: int | None = None,
+    ) -> RandLoRALinear:
+        """Return an adapted layer that shares the parameters of ``linear``, and freeze these.
+
+        ``linear`` itself keeps its class and its output. The result is an instance of that class
+        too; if that class has its own forward, the result keeps that forward. The
+        other arguments are those of :class:`RandLoRALinear`.
+
+        Raises:
+            TypeError: if ``linear`` is not a plain ``nn.Linear``, its weight is not float64,
+                float32, bfloat16 or float16, it has an attribute that the adapted class needs, or
+                an argument is of the wrong type.
+            ValueError: if an argument is out of range.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        if isinstance(linear, AdaptedModule):
+            raise TypeError(f"linear cannot be adapted: {type(linear).__name__} is adapted already")
+        spec = linear_spec(linear)
+        if (reason := why_unsupported(linear, spec) or attribute_conflict(linear)) is not None:
+            raise TypeError(f"linear cannot be adapted: {reason}")
+        if "forward" in vars(linear):
+            raise TypeError(
+                "linear cannot be adapted, because its forward is bound to it (an attribute of the "
+                "instance): a copy would call the original"
+            )
+        settings = Settings.of(spec, rank=rank, alpha=alpha, dropout=dropout, num_bases=num_bases)
+        update = WeightUpdate(DEFAULT, spec, settings, _bank_or_default(bank))
+        copied: Any = copy.copy(linear)
+        for name, value in vars(linear).items():
+            # Parameters, buffers and hooks are shared; the containers that register them are not.
+            if isinstance(value, dict | set):
+                object.__setattr__(copied, name, value.copy())
+        vars(copied).pop("_compiled_call_impl", None)  # it calls the original
+        copied.__class__ = adapted_class(type(linear), cls, frozenset(["weight"]))
+        copied._adapt(update)
+        return copied  # type: ignore[no-any-return]
+
+    def _adapt(self, update: WeightUpdate) -> None:
+        update.bank.reserve(*update.sizes)
+        parameters = update.make_parameters(self.base_weight.device)
+        self.requires_grad_(False)
+        install(self, DEFAULT, {update: parameters}, {}, fully_trained=False)
+        update.draw_bases(self)
+
+    @staticmethod
+    def _randlora_removed(module: Any) -> None:
+        vars(module).pop("choice", None)
+
+    @property
+    def base_weight(self) -> nn.Parameter:
+        """The frozen weight ``W0``, shape ``(out, in)``."""
+        weight = self._parameters.get("weight")
+        if weight is None:
+            raise AttributeError(f"{type(self).__name__} has no weight yet")
+        return weight
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The effective weight ``W0 + ΔW``, shape ``(out, in)``, differentiable in ``Λ``, ``Γ``.
+
+        Each read computes it again, unless the layer is :attr:`merged`.
+        """
+        return active_tensor(self, "weight")
+
+    @property
+    def weight_update(self) -> WeightUpdate:
+        """The active adapter's update; a ``RuntimeError`` if it has none for this layer."""
+        state = self._randlora
+        if "weight" not in state.active_updates:
+            raise RuntimeError(
+                f"the active adapter, {state.active!r}, has no update for this layer; "
+                f"it has those of {', '.join(map(repr, state.updates))}"
+            )
+        return state.active_updates["weight"]
+
+    @property
+    def rank(self) -> int:
+        """``r``, the rank of one basis."""
+        return self.weight_update.settings.rank
+
+    @property
+    def num_bases(self) -> int:
+        """``n``, the number of bases: the rank of ``ΔW`` is at most ``min(p, n r)``."""
+        return self.weight_update.settings.num_bases
+
+    @property
+    def scaling(self) -> float:
+        """The factor of ``ΔW``, ``alpha / rank``."""
+        return self.weight_update.settings.scaling
+
+    @property
+    def dropout(self) -> float:
+        """The probability of zeroing an input of the update in training."""
+        return self.weight_update.settings.dropout
+
+    @property
+    def bank(self) -> BasisBank:
+        """The bank with the bases of the update."""
+        return self.weight_update.bank
+
+    @property
+    def merged(self) -> bool:
+        """Whether the layer computes with a merged weight, see :func:`randlora.merge`."""
+        return self._randlora.merged
+
+    def delta_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return ``ΔW``, shape ``(out, in)``, differentiable in ``Λ`` and ``Γ``.
+
+        It is computed in ``dtype``, by default that of the weight. To judge a rank, use float64.
+        """
+        return delta_of(self, self.weight_update, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``x (W0 + ΔW)ᵀ + bias``, shape ``(..., out)``, for ``x`` of shape ``(..., in)``.
+
+        Raises:
+            TypeError: if ``x`` is not in the dtype of the weight and autocast is off.
+            ValueError: if the last dimension of ``x`` is not ``in_features``.
+        """
+        if isinstance(input, Proxy):
+            return call_node(self, (input,), {})
+        weight, bias = self.base_weight, self.bias
+        state = self._randlora
+        update = state.active_update("weight")
+        if state.merged or update is None or getattr(input, "is_nested", False):
+            return F.linear(input, self.weight, bias)
+        dtype = autocast_dtype(weight.device)
+        if dtype is None or weight.dtype == torch.float64:  # autocast does not change float64
+            dtype = weight.dtype
+        elif isinstance(input, Tensor) and input.is_floating_point():
+            input = input.to(dtype)
+        check_input(input, self.in_features, dtype)
+        operands = *update.parameters(self), *update.operands(weight.device, dtype)
+        scaling, dropout = update.settings.scaling, update.settings.dropout
+        keywords: Any = {"scaling": scaling, "choice": self.choice, "token": state.checkpoint_token}
+        if self.training and dropout:
+            dropped = F.dropout(input, dropout)
+            frozen = F.linear(input, weight, bias)
+            return frozen + randlora_linear(dropped, None, None, *operands, **keywords)
+        return randlora_linear(input, weight, bias, *operands, **keywords)
+
+    def plan(self, tokens: int, *, needs_input: bool = True) -> Plan:
+        """Return the plan of a training step without autocast and dropout.
+
+        Args:
+            tokens: the number of tokens ``T``, the product of the leading dimensions of the input.
+            needs_input: whether the input requires a gradient.
+        """
+        a, b = self.operands(self.base_weight.dtype)
+        wide = self.out_features < self.in_features
+        work = work_of(as_positive_int("tokens", tokens), a, b, wide, needs_input=needs_input)
+        return choose(work, self.choice)
+
+    def operands(self, dtype: torch.dtype) -> tuple[Tensor, Operator]:
+        """Return ``A``, shape ``(r, p)``, and ``B``, an operator of shape ``(q, n r)``."""
+        return self.weight_update.operands(self.base_weight.device, dtype)
+
+    def reset_parameters(self) -> None:
+        """Initialise the base weight and the bias again, and set all adapters to ``ΔW = 0``."""
+        reset(self, super().reset_parameters)
+
+    def extra_repr(self) -> str:
+        """Return the text of ``nn.Linear`` with the settings of the active update added."""
+        update = self._randlora.active_updates.get("weight")
+        if update is None:
+            return super().extra_repr()
+        settings = update.settings
+        dropout = f", dropout={settings.dropout:g}" if settings.dropout else ""
+        return (
+            f"{super().extra_repr()}, rank={settings.rank}, num_bases={settings.num_bases}, "
+            f"scaling={settings.scaling:g}{dropout}"
+        )
+
+
+def linear_spec(linear: nn.Linear) -> WeightSpec:
+    """Return the spec of the weight of a linear layer."""
+    return WeightSpec("weight", linear.out_features, linear.in_features)
+
+
+def attribute_conflict(linear: nn.Module) -> str | None:
+    """Return the reason if a layer has an attribute that :class:`RandLoRALinear` needs, or None."""
+    needed = {*vars(RandLoRALinear), *vars(AdaptedModule)} - {*dir(nn.Linear), "weight"}
+    for name in sorted(needed):
+        if hasattr(linear, name):
+            what = f"has an attribute {name!r} of its own, which an adapted linear layer needs"
+            return f"{type(linear).__name__} {what}"
+    return None
+
+
+_default_bank: weakref.ref[BasisBank] | None = None
+
+
+def _bank_or_default(bank: BasisBank | None) -> BasisBank:
+    """Return ``bank``, or the default bank, which exists as long as some layer uses it."""
+    global _default_bank
+    if isinstance(bank, BasisBank):
+        return bank
+    if bank is not None:
+        raise TypeError(f"bank must be a BasisBank, got {type(bank).__name__}")
+    bank = _default_bank() if _default_bank is not None else None
+    if bank is None:
+        bank = BasisBank()
+        _default_bank = weakref.ref(bank)
+    return bank

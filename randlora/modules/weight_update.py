@@ -1,0 +1,303 @@
+"""One update ``ΔW`` of one weight: which weight, which settings, and how ``W0 + ΔW`` is computed.
+
+A :class:`WeightUpdate` combines a :class:`WeightSpec` (which parameter, and how it is read as a
+matrix), :class:`Settings` (rank, scaling, …) and a basis bank. ``Λ`` and ``Γ`` are parameters of
+the module; a ``WeightUpdate`` knows only their names, so that the module alone saves and moves
+them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from randlora.bases.bank import BasisBank
+from randlora.bases.store import Store
+from randlora.core.checks import as_positive_int, as_real, as_scaling
+from randlora.core.operators import Operator, tensors_of
+from randlora.functional import delta_weight, effective_weight
+
+DEFAULT = "default"  # the name of an adapter if none is given
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """Which parameter of a module is adapted, and how it is read as a matrix ``out × in``."""
+
+    parameter: str  # its name in the module
+    out: int  # rows of the matrix
+    in_: int  # columns of the matrix
+    transposed: bool = False  # whether the parameter is stored as `(in, out)`
+    stack: int = 0  # for a stack, the number of matrices along the first dimension
+    frozen_row: int | None = None  # the index of a row that gets no update
+    # Whether the weight cannot be read as a floating tensor (quantised). The parameter may then be
+    # of any kind, or missing, and `x ΔWᵀ` is added to the output of the module instead.
+    unreadable: bool = False
+
+    @property
+    def p(self) -> int:
+        """``min(out, in)``."""
+        return min(self.out, self.in_)
+
+    @property
+    def q(self) -> int:
+        """``max(out, in)``."""
+        return max(self.out, self.in_)
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """The leading dimensions: ``(stack,)`` for a stack, ``()`` for a single matrix."""
+        return (self.stack,) if self.stack else ()
+
+    def __str__(self) -> str:
+        return " x ".join(map(str, (*self.stack_shape, self.out, self.in_)))
+
+    @property
+    def wide(self) -> bool:
+        """Whether ``ΔW``, in the layout in which the parameter is stored, is ``(B C)ᵀ``."""
+        return (self.out < self.in_) != self.transposed
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return the parameter as a matrix, or stack, in the layout in which it is stored."""
+        rows, columns = (self.in_, self.out) if self.transposed else (self.out, self.in_)
+        return weight.reshape(*self.stack_shape, rows, columns)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one update. :meth:`of` creates them from checked arguments."""
+
+    rank: int  # `r`, the rank of one basis
+    num_bases: int  # `n`
+    scaling: float  # the factor of ΔW, `alpha / rank`
+    dropout: float  # the probability of zeroing an input of the update in training
+    asked_rank: int  # the rank that `inject` was given; `rank` is lower if it was lowered to p
+
+    @staticmethod
+    def of(
+        spec: WeightSpec,
+        *,
+        rank: int,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        num_bases: int | None = None,
+        any_rank: bool = False,
+    ) -> Settings:
+        """Check the arguments of an update of one weight, and fill in the defaults.
+
+        The arguments are those of ``RandLoRALinear``. ``any_rank`` allows ``r > p``, as PEFT does.
+        """
+        p = spec.p
+        rank = as_positive_int("rank", rank)
+        if rank > p and not any_rank:
+            raise ValueError(
+                f"rank must be at most min(in_features, out_features) = {p} for a layer "
+                f"{spec.in_} -> {spec.out}, got {rank}"
+            )
+        most = -(-p // rank)
+        num_bases = most if num_bases is None else as_positive_int("num_bases", num_bases)
+        if num_bases > most:
+            raise ValueError(
+                f"num_bases must be at most ceil({p} / {rank}) = {most}, which gives full rank, "
+                f"got {num_bases}"
+            )
+        scaling = 1.0 if alpha is None else as_scaling(alpha, rank)
+        dropout = as_real("dropout", dropout)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout:g}")
+        return Settings(rank, num_bases, scaling, dropout, asked_rank=rank)
+
+    def sizes(self, spec: WeightSpec) -> tuple[int, int, int, int]:
+        """``(r, p, q, m)``: ``A`` has shape ``(r, p)`` and ``B`` has shape ``(q, m)``."""
+        return self.rank, spec.p, spec.q, self.num_bases * self.rank
+
+
+class WeightUpdate:
+    """The update ``ΔW`` of one weight: everything but ``Λ`` and ``Γ``, which the module holds."""
+
+    def __init__(self, name: str, spec: WeightSpec, settings: Settings, bank: BasisBank) -> None:
+        self.spec, self.settings, self.bank = spec, settings, bank
+        prefix = "" if name == DEFAULT else f"{name}_"
+        prefix += "" if spec.parameter == "weight" else f"{spec.parameter}_"
+        self.parameter_names = f"{prefix}randlora_lambda", f"{prefix}randlora_gamma"  # of Λ and Γ
+        self._stores: dict[tuple[torch.device, torch.dtype], Store] = {}
+        # A and B for compiled code.
+        self.compiled_operands: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Operator]] = {}
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """See :meth:`Settings.sizes`."""
+        return self.settings.sizes(self.spec)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of ``Λ``, ``(n, r)``, and ``Γ``, ``(n, p)``; ``(stack, n, …)`` for a stack."""
+        stack, n = self.spec.stack_shape, self.settings.num_bases
+        return (*stack, n, self.settings.rank), (*stack, n, self.spec.p)
+
+    @property
+    def trained(self) -> int:
+        """The number of trained values in ``Λ`` and ``Γ``."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def parameters(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        """Return ``Λ`` and ``Γ`` of a module."""
+        own: Any = module._parameters
+        # A parametrized Λ or Γ is not in `_parameters`: reading the attribute computes it.
+        lam, gamma = (own[n] if n in own else getattr(module, n) for n in self.parameter_names)
+        return lam, gamma
+
+    def make_parameters(self, device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return new ``Λ`` and ``Γ`` in float32, with the values at which ``ΔW = 0``."""
+        with torch.inference_mode(False):
+            empty = [torch.empty(s, device=device, dtype=torch.float32) for s in self.shapes]
+            lam, gamma = map(nn.Parameter, empty)
+        self.reset(lam, gamma)
+        return lam, gamma
+
+    @torch.no_grad()
+    def reset(self, lam: Tensor, gamma: Tensor) -> None:
+        """Set ``Λ`` and ``Γ`` in place to their initial values. One of them is 0, so ``ΔW = 0``."""
+        values = self.bank.start(self.settings.num_bases, self.settings.rank, self.spec.p)
+        for parameter, value in zip((lam, gamma), values, strict=True):
+            parameter.fill_(value)
+
+    def operands(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Operator]:
+        """Return ``A``, shape ``(r, p)``, and the operator ``B``, shape ``(q, m)``."""
+        if torch.compiler.is_dynamo_compiling():
+            _fill_compiled_operands(self, device, dtype)
+            return self.compiled_operands[device, dtype]
+        key = device, dtype
+        if key not in self._stores:
+            self._stores[key] = self.bank.store(*key)
+        return self._stores[key].operands(*self.sizes)
+
+    def draw_bases(self, module: nn.Module) -> None:
+        """Draw the bases for the device and dtype of the weight, unless it is on ``meta``.
+
+        Nothing is drawn for an unreadable weight: the dtype is that of the input in each call.
+        """
+        if self.spec.unreadable:
+            return
+        weight = module._parameters.get(self.spec.parameter)
+        if weight is not None and not weight.is_meta:
+            self.operands(weight.device, weight.dtype)
+
+    def forget_bases(self) -> None:
+        """Drop the stored bases. Call this when the weight has a new device or dtype."""
+        self._stores.clear()
+        self.compiled_operands.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_stores": {}, "compiled_operands": {}}
+
+
+def _fill_compiled_operands(update: WeightUpdate, device: torch.device, dtype: torch.dtype) -> None:
+    """Fill ``update.compiled_operands``. Dynamo runs this while it traces, and records nothing.
+
+    The traced code then reads ``compiled_operands``, which belong to this update alone. The bank's
+    stores are shared, and Dynamo might have seen them before the bases were drawn.
+    """
+    if (device, dtype) not in update.compiled_operands:
+        a, b = update.operands(device, dtype)
+        for tensor in (a, *tensors_of(b)):
+            torch._dynamo.mark_static(tensor)
+        update.compiled_operands[device, dtype] = a, b
+
+
+# `torch.compiler.assume_constant_result` does the same, but imports the compiler.
+_fill_compiled_operands._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def add_update(
+    weight: Tensor,
+    spec: WeightSpec,
+    settings: Settings,
+    lam: Tensor,
+    gamma: Tensor,
+    a: Tensor,
+    b: Operator,
+    *,
+    token: int = 0,
+) -> Tensor:
+    """Return ``W0 + ΔW`` in the shape of ``weight``, differentiable in ``W0``, ``Λ`` and ``Γ``.
+
+    ``weight`` is ``W0``, in the shape of the parameter. ``lam`` and ``gamma`` have the shapes of
+    :attr:`WeightUpdate.shapes`. ``a`` and ``b`` are as :meth:`WeightUpdate.operands` returns them,
+    in the dtype to compute in. For ``token``, see :func:`randlora.functional.effective_weight`. The
+    frozen row of the result is equal to that of ``weight``.
+    """
+    matrix = spec.matrix(weight)
+    keywords: Any = {"scaling": settings.scaling, "wide": spec.wide, "token": token}
+    if spec.stack:
+        slices = zip(matrix.unbind(), lam.unbind(), gamma.unbind(), strict=True)
+        w = torch.stack([effective_weight(w0, la, ga, a, b, **keywords) for w0, la, ga in slices])
+    else:
+        w = effective_weight(matrix, lam, gamma, a, b, **keywords)
+    if spec.frozen_row is not None:
+        frozen = torch.arange(len(w), device=w.device) == spec.frozen_row
+        w = torch.where(frozen.unsqueeze(1), matrix, w)
+    return w.view(weight.shape)
+
+
+def update_matrix(
+    spec: WeightSpec, settings: Settings, lam: Tensor, gamma: Tensor, a: Tensor, b: Operator
+) -> Tensor:
+    """Return ``ΔW``, differentiable in ``Λ`` and ``Γ``. The arguments are as in :func:`add_update`.
+
+    The shape is ``(out, in)`` or ``(stack, out, in)``, even if the parameter is stored transposed.
+    The frozen row is zero.
+    """
+    keywords: Any = {"scaling": settings.scaling, "wide": spec.out < spec.in_}
+    if spec.stack:
+        slices = zip(lam, gamma, strict=True)
+        return torch.stack([delta_weight(la, ga, a, b, **keywords) for la, ga in slices])
+    delta = delta_weight(lam, gamma, a, b, **keywords)
+    if spec.frozen_row is not None:
+        frozen = torch.arange(len(delta), device=delta.device) == spec.frozen_row
+        delta = delta.masked_fill(frozen.unsqueeze(1), 0)
+    return delta
+
+
+def why_unsupported(module: nn.Module, spec: WeightSpec) -> str | None:
+    """Return the reason why a weight cannot be adapted, or None if it can."""
+    kind, name = type(module).__name__, spec.parameter
+    weight = module._parameters.get(name)
+    if spec.unreadable:
+        return None
+    if weight is None:
+        return f"{kind} computes its {name}, which is not a parameter"
+    if nn.parameter.is_lazy(weight):
+        return f"{kind} is lazy: its sizes are unknown until it is run once"
+    if weight.layout != torch.strided:
+        return f"{kind} has a {name} that is not dense"
+    if weight.dtype not in _DTYPES:
+        needed = "float64, float32, bfloat16 or float16"
+        return f"{kind} has a {name} of {weight.dtype}, but must have one of {needed}"
+    if not weight.numel():
+        return f"{kind} has an empty {name}"
+    return None
+
+
+def weight_name(module: str, parameter: str) -> str:
+    """Return the name of an adapted weight for messages: its full name, without ``.weight``."""
+    parts = [module] * bool(module) + [parameter] * (parameter != "weight")
+    return ".".join(parts) or "the model"
+
+
+def check_adapter_name(adapter: Any) -> str:
+    """Return ``adapter`` if it can be a part of a parameter's name, or raise."""
+    if not isinstance(adapter, str):
+        raise TypeError(f"adapter must be a name, got {adapter!r} of type {type(adapter).__name__}")
+    if not re.fullmatch(r"[A-Za-z]\w*", adapter):
+        raise ValueError(
+            "adapter must be a name of letters, digits and underscores that starts with a letter, "
+            f"got {adapter!r}"
+        )
+    return adapter

@@ -1,0 +1,1 @@
+"""Tests of ``randlora.core``, and of ``randlora.functional`` beside it."""

@@ -1,0 +1,40 @@
+"""Runs a linear map and its gradients, and compares them with ``randlora.reference``."""
+
+import itertools
+
+import torch
+
+from randlora import Choice
+from tests.support.cases import assert_close
+
+# A few hundred roundings of float64, relative to the sum of the absolute values of the terms.
+EXACT = 1e-13
+SHAPES = {"tall": (7, 5, 2), "wide": (4, 6, 3), "square": (5, 5, 2), "one": (1, 1, 1)}
+
+
+def run(fn, bases, leaves, probe, needed=None):
+    """The value of ``fn``, and the gradients of the sum of value times probe."""
+    needed = needed or [True] * len(leaves)
+    leaves = [t.detach().clone().requires_grad_(n) for t, n in zip(leaves, needed, strict=True)]
+    y = fn(*bases, *leaves)
+    inputs = [leaf for leaf in leaves if leaf.requires_grad]
+    return [y.detach(), *torch.autograd.grad((y * probe).sum(), inputs)]
+
+
+def agree(c, fast, slow, leaves):
+    """Assert that ``fast`` with operators equals the oracle ``slow`` with dense bases."""
+    probe = torch.randn(slow(*c.bases(), *leaves).shape, dtype=torch.float64)
+    got = run(fast, c.operands(), leaves, probe)
+    want = run(slow, c.bases(), leaves, probe)
+    sizes = run(slow, [t.abs() for t in c.bases()], [t.abs() for t in leaves], probe.abs())
+    for one, other, size in zip(got, want, sizes, strict=True):
+        assert_close(one, other, EXACT, size)
+
+
+WAYS = ("weight", "activations")
+EVERY = [
+    Choice(*ways, keeps, keep_weight)
+    for ways in itertools.product(WAYS, repeat=3)
+    for keeps in ("x", "xb")
+    for keep_weight in (False, True)
+]
