@@ -21,9 +21,8 @@ from randlora.modules.table import register
 
 __version__ = "0.1.0"
 
-__all__ = ["BasisBank", "Choice", "RandLoRALinear", "inject", "rank_report", "register", "summary"]
-__all__ += ["adapter_parameters", "delete_adapter", "disabled", "set_adapter"]
-__all__ += ["merge", "merged_state_dict", "unload", "unmerge"]
-__all__ += ["adapter_state_dict", "load_adapter", "save_adapter"]
-__all__ += ["BaseModelError", "BasesError", "CheckpointError", "FileError", "MismatchError"]
-__all__ += ["checkpoint", "functional", "peft", "planning", "reference"]
+__all__ = ["BaseModelError", "BasesError", "BasisBank", "CheckpointError", "Choice", "FileError"]
+__all__ += ["MismatchError", "RandLoRALinear", "adapter_parameters", "adapter_state_dict"]
+__all__ += ["checkpoint", "delete_adapter", "disabled", "functional", "inject", "load_adapter"]
+__all__ += ["merge", "merged_state_dict", "peft", "planning", "rank_report", "reference"]
+__all__ += ["register", "save_adapter", "set_adapter", "summary", "unload", "unmerge"]

@@ -48,8 +48,9 @@ class ThreadScopes(threading.local):
 _CONTEXT_SCOPES: ContextVar[tuple[DisabledScope, ...]] = ContextVar(
     "randlora_disabled_scopes", default=()
 )
-# For `disabled_scopes`, which threads share. The garbage collector may leave an abandoned scope in
-# the thread that holds the lock, and undo its removal from a list: so readers look at `is_open`.
+# For `disabled_scopes`, which threads share. The garbage collector may close an abandoned scope in
+# the thread that holds the lock, so the lock is re-entrant. The code that was interrupted may then
+# put the closed scope back into a list, so readers look at `is_open`.
 _SCOPES_LOCK = threading.RLock()
 
 
