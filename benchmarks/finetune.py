@@ -174,7 +174,7 @@ def full(model: VisionTransformer, options: argparse.Namespace) -> None:
 
 
 def use_randlora(
-    model: VisionTransformer, options: argparse.Namespace, basis: str = "dense"
+    model: VisionTransformer, options: argparse.Namespace, basis: str = "isometric"
 ) -> None:
     randlora.inject(model, options.rank, basis=basis, seed=options.seed, modules_to_save="head")
 
@@ -427,8 +427,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="30 seconds, and worse accuracy")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], dest="seeds")
-    parser.add_argument("--rank", type=int, default=6, help="of the bases of RandLoRA")
-    parser.add_argument("--basis", choices=list(KINDS), nargs="+", default=["dense"], dest="bases")
+    parser.add_argument("--rank", type=int, default=8, help="of the bases of RandLoRA")
+    parser.add_argument(
+        "--basis", choices=list(KINDS), nargs="+", default=["isometric"], dest="bases"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, a process each")
     parser.add_argument("--fashion", type=Path, help="a folder with Fashion-MNIST, to use instead")
     parser.add_argument("--out", type=Path, default=Path("finetune.png"), help="the picture")

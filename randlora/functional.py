@@ -4,8 +4,10 @@ With ``p = min(out, in)``, ``q = max(out, in)``, rank ``r`` and ``n`` bases, all
 
     lam      ``Λ``, shape ``(n, r)``, floating, usually float32
     gamma    ``Γ``, shape ``(n, p)``, in the dtype of ``lam``
-    a        ``A``, shape ``(r, p)``; its dtype is that of the computation and of the result
+    a        ``A``, shape ``(r, p)``
     b        ``B``, an operator of shape ``(q, n·r)``
+    dtype    that of the computation and of the result, by default the one of ``a``; a trained ``a``
+             may be wider
     scaling  the factor of the update
 
 The equations are in :mod:`randlora.core.kernel`.
@@ -30,9 +32,16 @@ __all__ = ["delta_weight", "effective_weight", "randlora_linear"]
 
 
 def delta_weight(
-    lam: Tensor, gamma: Tensor, a: Tensor, b: Operator, *, scaling: float = 1.0, wide: bool = False
+    lam: Tensor,
+    gamma: Tensor,
+    a: Tensor,
+    b: Operator,
+    dtype: torch.dtype | None = None,
+    *,
+    scaling: float = 1.0,
+    wide: bool = False,
 ) -> Tensor:
-    """Return ``ΔW``, differentiable in ``Λ`` and ``Γ`` (paper, equation 4).
+    """Return ``ΔW``, differentiable in ``Λ``, ``Γ`` and ``A`` (paper, equation 4).
 
     Returns:
         Shape ``(q, p)``, or ``(p, q)`` if ``wide``, which says that ``out < in``.
@@ -42,7 +51,8 @@ def delta_weight(
     """
     with _sizes_as_numbers():
         _check_shapes(lam, gamma, a, b)
-        delta: Tensor = _run(EffectiveWeight, None, lam, gamma, a, b, scaling, wide, 0)
+        dtype = a.dtype if dtype is None else dtype
+        delta: Tensor = _run(EffectiveWeight, None, lam, gamma, a, b, dtype, scaling, wide, 0)
     return delta
 
 
@@ -52,22 +62,23 @@ def effective_weight(
     gamma: Tensor,
     a: Tensor,
     b: Operator,
+    dtype: torch.dtype | None = None,
     *,
     scaling: float = 1.0,
     wide: bool | None = None,
     token: int = 0,
 ) -> Tensor:
-    """Return ``W0 + ΔW``, differentiable in ``W0``, ``Λ`` and ``Γ``.
+    """Return ``W0 + ΔW``, differentiable in ``W0``, ``Λ``, ``Γ`` and ``A``.
 
     In low precision the sum is rounded once.
 
     Args:
-        weight: ``W0``, shape ``(out, in)``, in the dtype of ``a``; under autocast it may be wider.
+        weight: ``W0``, shape ``(out, in)``, in ``dtype``; under autocast it may be wider.
         wide: whether ``ΔW`` is ``(B C)ᵀ`` instead of ``B C``. By default, true if ``out < in``.
         token: see :func:`randlora_linear`.
 
     Returns:
-        Shape ``(out, in)``, in the dtype of ``a``.
+        Shape ``(out, in)``, in ``dtype``.
 
     Raises:
         ValueError: if the shapes do not fit each other.
@@ -76,7 +87,8 @@ def effective_weight(
         _check_shapes(lam, gamma, a, b)
         _check_weight(weight, gamma, b)
         wide = weight.shape[0] < weight.shape[1] if wide is None else wide
-        w: Tensor = _run(EffectiveWeight, weight, lam, gamma, a, b, scaling, wide, token)
+        dtype = a.dtype if dtype is None else dtype
+        w: Tensor = _run(EffectiveWeight, weight, lam, gamma, a, b, dtype, scaling, wide, token)
     return w
 
 
@@ -88,18 +100,19 @@ def randlora_linear(
     gamma: Tensor,
     a: Tensor,
     b: Operator,
+    dtype: torch.dtype | None = None,
     *,
     scaling: float = 1.0,
     choice: Choice = AUTOMATIC,
     token: int = 0,
 ) -> Tensor:
-    """Return ``x (W0 + ΔW)ᵀ + bias``, differentiable in every tensor except the bases.
+    """Return ``x (W0 + ΔW)ᵀ + bias``, differentiable in every tensor except ``B``.
 
     Without a weight the result is the update alone, ``x ΔWᵀ``. For backward one activation is
-    saved, ``x`` or ``x B``. ``Λ``, ``Γ`` and the weight are saved by reference.
+    saved, ``x`` or ``x B``. ``Λ``, ``Γ``, a trained ``A`` and the weight are saved by reference.
 
     Args:
-        x: shape ``(..., in)`` with any number of leading dimensions, in the dtype of ``a``.
+        x: shape ``(..., in)`` with any number of leading dimensions, in ``dtype``.
         weight: ``W0``, shape ``(out, in)``, in the dtype of ``x``, or None. Under autocast its
             dtype may be wider.
         bias: shape ``(out,)``, or None.
@@ -112,8 +125,7 @@ def randlora_linear(
         Shape ``(..., out)``, in the dtype of ``x``.
 
     Raises:
-        TypeError: if ``choice`` is not a :class:`Choice`, or ``x`` is not a tensor in the dtype of
-            ``a``.
+        TypeError: if ``choice`` is not a :class:`Choice`, or ``x`` is not a tensor in ``dtype``.
         ValueError: if the shapes do not fit each other, or if a bias is given without a weight.
     """
     if not isinstance(choice, Choice):
@@ -121,11 +133,11 @@ def randlora_linear(
     if _tracing():
         # Through the weight, for any number of tokens.
         if weight is not None:
-            w = effective_weight(weight, lam, gamma, a, b, scaling=scaling)
+            w = effective_weight(weight, lam, gamma, a, b, dtype, scaling=scaling)
         else:
             with _sizes_as_numbers():
                 wide = bool(x.shape[-1] > a.shape[1])
-            w = delta_weight(lam, gamma, a, b, scaling=scaling, wide=wide)
+            w = delta_weight(lam, gamma, a, b, dtype, scaling=scaling, wide=wide)
         return F.linear(x, w, bias)
     _check_shapes(lam, gamma, a, b)
     p, q = a.shape[1], b.shape[0]
@@ -136,7 +148,7 @@ def randlora_linear(
     else:
         _check_weight(weight, gamma, b)
         in_features = weight.shape[1]
-    check_input(x, in_features, a.dtype)
+    check_input(x, in_features, a.dtype if dtype is None else dtype)
     wide = in_features > p
     tokens = x.numel() // in_features
     grad_enabled = torch.is_grad_enabled()
@@ -146,7 +158,7 @@ def randlora_linear(
         b,
         wide,
         needs_input=grad_enabled and x.requires_grad,
-        needs_parameters=grad_enabled and (lam.requires_grad or gamma.requires_grad),
+        needs_parameters=grad_enabled and any(t.requires_grad for t in (lam, gamma, a)),
         needs_weight=grad_enabled and weight is not None and weight.requires_grad,
         alone=weight is None,
     )

@@ -14,7 +14,8 @@ vanish. Then for almost all ``Λ`` and ``Γ``
     rank(ΔW) = min(n r, p).
 
 So ``n = ceil(p / r)`` bases, the default, give full rank, whatever ``r``. Fewer limit the rank to
-``n r``. (The proof is in ``docs/theorem.md``.)
+``n r``. (The proof is in ``docs/theorem.md``.) With ``train_a``, ``A`` is trained too. That changes
+nothing here: for almost all ``A`` no minor vanishes.
 
 What makes the theorem apply:
 
@@ -22,7 +23,8 @@ What makes the theorem apply:
    so the bank corrects their diagonal, and refuses what is too sparse for the correction to reach.
 2. No minor of ``A`` vanishes: ``A`` is dense and continuous, even where ``B`` is neither.
 3. Training leaves the exceptions at once. A layer starts from ``Γ = 0`` and a constant ``Λ``, where
-   ``ΔW = 0``. One optimiser step on at least ``p`` tokens makes it full rank.
+   ``ΔW = 0``. One optimiser step on at least ``p`` tokens makes it full rank. In this step the
+   gradient of a trained ``A`` is 0, because ``Γ = 0``.
 
 What fails otherwise: a constant ``Γ`` gives rank ``r``; a sparse ``A`` has zero columns, which are
 zero columns of ``ΔW``; a first step on a few tokens gives a rank in proportion to them.
@@ -38,7 +40,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from randlora import BasisBank, RandLoRALinear, rank_report, reference
+from randlora import BasisBank, RandLoRALinear, adapter_parameters, rank_report, reference
 from randlora.bases.peft_rule import PeftBank
 from randlora.bases.streams import KINDS, PRIME, pivots
 from randlora.functional import delta_weight
@@ -55,9 +57,9 @@ def rank(matrix):
 
 
 def randomised(layer):
-    """Fill ``Λ`` and ``Γ`` of a layer with random numbers, and return the layer."""
-    torch.nn.init.normal_(layer.randlora_lambda)
-    torch.nn.init.normal_(layer.randlora_gamma)
+    """Fill all that a layer trains with random numbers, and return the layer."""
+    for parameter in adapter_parameters(layer):
+        torch.nn.init.normal_(parameter)
     return layer
 
 
@@ -65,8 +67,7 @@ def step(layer, optimiser, tokens):
     """Do one optimiser step on a random regression with this many tokens."""
     x = torch.randn(tokens, layer.in_features, dtype=torch.float64)
     target = torch.randn(tokens, layer.out_features, dtype=torch.float64)
-    adapter = [layer.randlora_lambda, layer.randlora_gamma]
-    chosen = OPTIMISERS[optimiser](adapter, lr=1e-2)
+    chosen = OPTIMISERS[optimiser](adapter_parameters(layer), lr=1e-2)
     (layer(x) - target).square().mean().backward()
     chosen.step()
 
@@ -82,12 +83,14 @@ def test_rank_is_that_of_the_bases_for_generic_parameters(c):
     assert rank(delta) == min(c.n * c.r, c.p)
 
 
-@given(cases.banks(), st.integers(1, 48), st.integers(1, 48), st.data())
-def test_rank_is_full_with_the_default_number_of_bases(bank, out_features, in_features, data):
+@given(cases.banks(), st.integers(1, 48), st.integers(1, 48), st.booleans(), st.data())
+def test_rank_is_full_with_the_default_number_of_bases(
+    bank, out_features, in_features, train_a, data
+):
     p = min(out_features, in_features)
-    r = data.draw(st.integers(1, p))
-    layer = randomised(RandLoRALinear(in_features, out_features, rank=r, bank=bank).double())
-    assert layer.num_bases == -(-p // r)
+    keywords = {"rank": data.draw(st.integers(1, p)), "bank": bank, "train_a": train_a}
+    layer = randomised(RandLoRALinear(in_features, out_features, **keywords).double())
+    assert layer.num_bases == -(-p // layer.rank)
     assert rank(layer.delta_weight(torch.float64)) == p
 
 
@@ -187,17 +190,31 @@ def test_a_is_dense_and_continuous_whatever_the_kind(kind):
     st.integers(1, 48),
     st.integers(1, 48),
     st.sampled_from(sorted(OPTIMISERS)),
+    st.booleans(),
     st.data(),
 )
-def test_one_optimiser_step_makes_it_full(bank, out_features, in_features, optimiser, data):
+def test_one_optimiser_step_makes_it_full(
+    bank, out_features, in_features, optimiser, train_a, data
+):
     """The rank is 0 before the step and full after it. `rank_report` says so too."""
     p = min(out_features, in_features)
-    r = data.draw(st.integers(1, p))
-    layer = RandLoRALinear(in_features, out_features, rank=r, bank=bank).double()
+    keywords = {"rank": data.draw(st.integers(1, p)), "bank": bank, "train_a": train_a}
+    layer = RandLoRALinear(in_features, out_features, **keywords).double()
     assert rank(layer.delta_weight(torch.float64)) == 0
     step(layer, optimiser, tokens=p + 1)
     assert rank(layer.delta_weight(torch.float64)) == p
     assert rank_report(layer).layers[0].rank == p
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("shape", [(60, 48), (48, 60)])
+def test_a_trained_a_starts_as_the_shared_one_and_moves_from_the_second_step_on(shape, optimiser):
+    layer = RandLoRALinear(*shape, rank=4, train_a=True).double()
+    assert torch.equal(layer.randlora_a, layer.bank.a(4, 48).double())
+    for numbers in (0, 4 * 48):
+        step(layer, optimiser, tokens=64)
+        assert layer.randlora_a.grad.count_nonzero() == numbers
+        assert rank(layer.delta_weight(torch.float64)) == 48
 
 
 @given(cases.banks(), st.integers(1, 48), st.integers(1, 48), st.data())

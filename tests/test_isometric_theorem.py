@@ -164,7 +164,8 @@ def test_the_report_certifies_nothing_else():
         RandLoRALinear(24, 24, rank=5, bank=bank),
     )
     assert factor_shapes(311, 300) == ((16, 15), (20, 20))
-    for layer in (cut, more, RandLoRALinear(64, 64, rank=4)):
+    dense = RandLoRALinear(64, 64, rank=4, bank=BasisBank("dense"))
+    for layer in (cut, more, dense):
         torch.nn.init.normal_(layer.randlora_gamma)
         (report,) = rank_report(layer)
         assert not report.certified

@@ -29,6 +29,7 @@ from randlora.bases.streams import (
 )
 from randlora.core.checks import as_int, as_positive_int, as_real
 
+STRENGTH: Final = 125  # of the default scaling; measured, see `docs/rates.md`
 _ROWS: Final = 256  # rows drawn at a time, to limit transient memory
 
 
@@ -203,7 +204,15 @@ class BasisBank:
 
         ``Γ`` is 0, so that ``ΔW = 0``.
         """
-        return 1 / math.sqrt(n * r), 0.0
+        return 1.0, 0.0
+
+    def default_scaling(self, in_: int, n: int) -> float:
+        """The factor of ``ΔW`` for a layer with ``in_`` inputs and ``n`` bases.
+
+        With it, a step of AdamW at the rate 1e-3 changes an output of the layer by at most a tenth
+        of the root mean square of its inputs, for every size, rank and kind (``docs/rates.md``).
+        """
+        return STRENGTH / (in_ * math.sqrt(n))
 
     def digest(self, sizes: Iterable[tuple[int, int, int, int]]) -> str:
         """A SHA-256, in hexadecimal, of the entries that layers of sizes ``(r, p, q, m)`` use.

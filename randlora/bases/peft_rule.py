@@ -125,6 +125,10 @@ class PeftBank(BasisBank):
         """The values that fill ``Λ`` and ``Γ`` at injection. PEFT starts with ``Λ = 0``."""
         return 0.0, 1 / max(n, p)
 
+    def default_scaling(self, in_: int, n: int) -> float:
+        """The factor of ``ΔW``: PEFT's own default, an alpha of 640 for rank 32."""
+        return 20.0
+
     def reserve(self, r: int, p: int, q: int, m: int) -> None:
         """Announce that a layer will use ``A[:r, :p]`` and ``B[:q, :m]``. Draws nothing."""
         if r != self.rank or p > self.smaller or q > self.larger or m > self.columns or m % r:

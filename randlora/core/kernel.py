@@ -8,12 +8,13 @@ Shapes, with ``p = min(out, in)``, ``q = max(out, in)``, ``m = n·r`` (paper, eq
     ΔW = scaling · B C            if out ≥ in (tall);   scaling · (B C)ᵀ if out < in (wide)
     y  = x (W0 + ΔW)ᵀ + bias
 
-All gradients of ``Λ`` and ``Γ`` follow from one matrix, ``P``. With ``G = dyᵀ x``, transposed if
-wide, so that its shape is always ``(q, p)``:
+All gradients of ``Λ``, ``Γ`` and, if it is trained, ``A`` follow from one matrix, ``P``. With
+``G = dyᵀ x``, transposed if wide, so that its shape is always ``(q, p)``:
 
     P = scaling · Bᵀ G            (m, p)
     dΛ[j,k] = Σ_c P[(j,k),c] A[k,c] Γ[j,c]
     dΓ[j,c] = Σ_k P[(j,k),c] A[k,c] Λ[j,k]
+    dA[k,c] = Σ_j P[(j,k),c] Λ[j,k] Γ[j,c]
     dx = dy (W0 + ΔW)
 
 Each of the products ``x (B C)ᵀ``, ``dy (B C)`` and ``Bᵀ G`` is computed either through the weight
@@ -39,7 +40,7 @@ from torch import Tensor
 from randlora.core.matmul import addmm_, apply_to_parts, mm, mm_wider
 from randlora.core.operators import Operator
 from randlora.core.planning import Plan
-from randlora.core.update import FactoredUpdate
+from randlora.core.update import FactoredUpdate, Grads, Needs
 
 
 def _mark(like: Tensor, token: int) -> Tensor | None:
@@ -79,8 +80,16 @@ def _autocast_off(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
+def _if(needed: bool, tensor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """A base for ``save_for_backward`` if it is trained, and for ``ctx`` if it is frozen.
+
+    Hooks on saved tensors (of checkpoints, of offloading) need not see frozen bases.
+    """
+    return (tensor, None) if needed else (None, tensor)
+
+
 class EffectiveWeight(torch.autograd.Function):
-    """``W0, Λ, Γ -> W0 + ΔW``, or ``ΔW`` if ``W0`` is None. Saves only ``Λ`` and ``Γ``."""
+    """``W0, Λ, Γ, A -> W0 + ΔW``, or ``ΔW`` if ``W0`` is None. Saves only the trained tensors."""
 
     @staticmethod
     def forward(
@@ -89,33 +98,36 @@ class EffectiveWeight(torch.autograd.Function):
         gamma: Tensor,
         a: Tensor,
         b: Operator,
+        dtype: torch.dtype,
         scaling: float,
         wide: bool,
         token: int,
     ) -> Tensor:
         with _autocast_off(lam.device):
-            return _owned(FactoredUpdate(lam, gamma, a, b, scaling, wide).whole(weight))
+            return _owned(FactoredUpdate(lam, gamma, a, b, scaling, wide, dtype).whole(weight))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, lam, gamma, ctx.a, ctx.b, ctx.scaling, ctx.wide, token = inputs
-        ctx.save_for_backward(lam, gamma, _mark(lam, token))
+        _, lam, gamma, a, ctx.b, _, ctx.scaling, ctx.wide, token = inputs
+        trained, ctx.a = _if(ctx.needs_input_grad[3], a)
+        ctx.save_for_backward(lam, gamma, trained, _mark(lam, token))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dw,) = grads
-        lam, gamma, _ = ctx.saved_tensors
-        needs_weight, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1:3]
-        d_lam = d_gamma = None
+        lam, gamma, a, _ = ctx.saved_tensors
+        needs_weight, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1:4]
+        found: Grads = (None, None, None)
         with _autocast_off(dw.device):
             if any(needs):
-                update = FactoredUpdate(lam, gamma, ctx.a, ctx.b, ctx.scaling, ctx.wide)
-                d_lam, d_gamma = _parameter_grads(update, needs, d_weight=dw)
-        return (dw if needs_weight else None, d_lam, d_gamma, None, None, None, None, None)
+                a = ctx.a if a is None else a
+                update = FactoredUpdate(lam, gamma, a, ctx.b, ctx.scaling, ctx.wide, dw.dtype)
+                found = _parameter_grads(update, needs, d_weight=dw)
+        return (dw if needs_weight else None, *found, None, None, None, None, None)
 
 
 class Linear(torch.autograd.Function):
-    """``x, W0, bias, Λ, Γ -> y``, followed by what the plan keeps: ``x B``, ``W0 + ΔW``.
+    """``x, W0, bias, Λ, Γ, A -> y``, followed by what the plan keeps: ``x B``, ``W0 + ΔW``.
 
     Kept tensors are outputs and backward uses differentiable operations, so second derivatives
     work. Only what the required gradients need is kept and computed.
@@ -136,7 +148,7 @@ class Linear(torch.autograd.Function):
         token: int,
     ) -> tuple[Tensor, ...]:
         with _autocast_off(x.device):
-            update = FactoredUpdate(lam, gamma, a, b, scaling, wide)
+            update = FactoredUpdate(lam, gamma, a, b, scaling, wide, x.dtype)
             bias = bias if bias is None else bias.to(x.dtype)
             kept: list[Tensor] = []
             by_activations = plan.forward == "activations"
@@ -160,14 +172,15 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, weight, _, lam, gamma, ctx.a, ctx.b, ctx.scaling, plan, ctx.wide, token = inputs
-        needs_x, needs_weight, _, needs_lam, needs_gamma, *_ = ctx.needs_input_grad
+        x, weight, _, lam, gamma, a, ctx.b, ctx.scaling, plan, ctx.wide, token = inputs
+        needs_x, needs_weight, _, *needs, needs_a = ctx.needs_input_grad[:6]
         kept = list(output[1:])
         xb = kept.pop(0) if plan.keeps == "xb" else None
         w = kept.pop(0) if plan.keep_weight else None
-        needs_activation = needs_weight or needs_lam or needs_gamma
+        needs_activation = needs_weight or any(needs) or needs_a
+        trained, ctx.a = _if(needs_a, a)
         ctx.set_materialize_grads(False)
-        ctx.plan, ctx.shape = plan, x.shape
+        ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
         ctx.save_for_backward(
             x if needs_activation and xb is None else None,
             xb if needs_activation else None,
@@ -175,27 +188,31 @@ class Linear(torch.autograd.Function):
             w if needs_x else None,
             lam,
             gamma,
+            trained,
             _mark(lam, token),
         )
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x: Any
-        x, xb, weight, w, lam, gamma, _ = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_lam, needs_gamma, *_ = ctx.needs_input_grad
-        needs, plan, wide, b = (needs_lam, needs_gamma), ctx.plan, ctx.wide, ctx.b
+        x, xb, weight, w, lam, gamma, a, _ = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs, plan, wide, b = ctx.needs_input_grad[3:6], ctx.plan, ctx.wide, ctx.b
+        a = ctx.a if a is None else a
         # The gradients of kept tensors exist only in second derivatives.
         dy, *d_kept = grads
         dxb = d_kept.pop(0) if plan.keeps == "xb" else None
         dw = d_kept.pop(0) if plan.keep_weight else None
         if dy is None:
-            dy = ctx.a.new_zeros(*ctx.shape[:-1], ctx.a.shape[1] if wide else b.shape[0])
+            shape = *ctx.shape[:-1], a.shape[1] if wide else b.shape[0]
+            dy = a.new_zeros(shape, dtype=ctx.dtype)
 
         dx: Any = None
         d_weight: Any = None
-        d_bias = d_lam = d_gamma = None
+        d_bias = None
+        found: Grads = (None, None, None)
         with _autocast_off(dy.device):
-            update = FactoredUpdate(lam, gamma, ctx.a, b, ctx.scaling, wide)
+            update = FactoredUpdate(lam, gamma, a, b, ctx.scaling, wide, ctx.dtype)
             rows = _rows(dy)  # (T, out)
             x = x if x is None else _rows(x)  # (T, in)
             by_activations = plan.grad_parameters == "activations" and any(needs)
@@ -210,7 +227,7 @@ class Linear(torch.autograd.Function):
                 if by_activations and wide and xb is None:
                     xb = b.tokens_mm(x)
                 left = (xb if wide else dyb) if by_activations else None
-                d_lam, d_gamma = _parameter_grads(update, needs, d_weight, dw, left, rows, x)
+                found = _parameter_grads(update, needs, d_weight, dw, left, rows, x)
                 del left
             if plan.grad_input == "weight":
                 dyb = None
@@ -227,20 +244,20 @@ class Linear(torch.autograd.Function):
                 if dxb is not None:
                     dx = b.tokens_addmm_(dx, dxb)
                 dx = dx.view(ctx.shape)
-        return dx, d_weight, d_bias, d_lam, d_gamma, None, None, None, None, None, None
+        return dx, d_weight, d_bias, *found, None, None, None, None, None
 
 
-# shape: d_weight and dw (out, in), left (T, m), rows (T, out), x (T, in) -> (n, r), (n, p)
+# shape: d_weight and dw (out, in), left (T, m), rows (T, out), x (T, in) -> (n, r), (n, p), (r, p)
 def _parameter_grads(
     update: FactoredUpdate,
-    needs: tuple[bool, bool],
+    needs: Needs,
     d_weight: Tensor | None,
     dw: Tensor | None = None,
     left: Tensor | None = None,
     rows: Any = None,
     x: Any = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """``dΛ`` and ``dΓ``: through the activations if ``left`` is given, else through the weight.
+) -> Grads:
+    """``dΛ``, ``dΓ``, ``dA``: through the activations if ``left`` is given, else the weight.
 
     ``left`` is ``x B`` if wide, ``dy B`` if tall. ``d_weight`` is the gradient of the weight,
     ``dyᵀ x + dw``, if it was computed. ``dw`` is the gradient of the kept ``W0 + ΔW``.
@@ -257,13 +274,18 @@ def _parameter_grads(
         if dw is not None and (left is not None or d_weight is None):
             p_tile = p_tile + update.p_matrix(dw[tile].T if wide else dw[:, tile])
         shares.append(update.parameter_grads(p_tile, tile, needs))
-    lams: list[Any] = [d_lam for d_lam, _ in shares]
-    gammas: list[Any] = [d_gamma for _, d_gamma in shares]
-    one = len(shares) == 1
-    return (
-        (lams[0] if one else torch.stack(lams).sum(0)).to(update.lam.dtype) if needs[0] else None,
-        (gammas[0] if one else torch.cat(gammas, 1)).to(update.gamma.dtype) if needs[1] else None,
-    )
+    lams, gammas, bases = zip(*shares, strict=True)
+    return _whole(lams, update.lam), _whole(gammas, update.gamma, 1), _whole(bases, update.a, 1)
+
+
+def _whole(shares: tuple[Any, ...], like: Tensor, dim: int | None = None) -> Tensor | None:
+    """A gradient in the dtype of ``like``: shares of the tiles summed, or columns side by side."""
+    first, *rest = shares
+    if first is None:
+        return None
+    if rest:
+        first = torch.stack(shares).sum(0) if dim is None else torch.cat(shares, dim)
+    return first.to(like.dtype)  # type: ignore[no-any-return]
 
 
 # shape: x (..., k) -> (T, k)

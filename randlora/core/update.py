@@ -7,6 +7,8 @@ and equations are in :mod:`randlora.core.kernel`.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,9 @@ from randlora.core.operators import Operator
 # it in this module. A layer of 14336 x 4096 in float32 is just within it. The output of a larger
 # layer after injection equals the plain layer's up to rounding, not bit for bit.
 TRANSIENT_BYTES = 256 * 2**20
+
+Needs: TypeAlias = tuple[bool, bool, bool]  # which gradients are needed: of Λ, Γ and A
+Grads: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 _PART_BYTES = 4 * 2**20  # bytes of C formed at a time while it is added to a weight
 
@@ -29,15 +34,26 @@ def tile_width(rows: int, itemsize: int) -> int:
 class FactoredUpdate:
     """Computes, tile by tile, what products with ``ΔW`` and its gradients need.
 
-    The dtype of ``A`` is that of the products.
+    ``dtype`` is that of the products, by default the one of ``A``. A trained ``A`` has a dtype of
+    its own, as ``Λ`` and ``Γ`` have, and so has its gradient.
     """
 
     def __init__(
-        self, lam: Tensor, gamma: Tensor, a: Tensor, b: Operator, scaling: float, wide: bool
+        self,
+        lam: Tensor,
+        gamma: Tensor,
+        a: Tensor,
+        b: Operator,
+        scaling: float,
+        wide: bool,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.lam, self.gamma, self.a, self.b, self.wide = lam, gamma, a, b, wide
         self.scaling = scaling * b.scale
-        self.wider = torch.promote_types(torch.promote_types(lam.dtype, a.dtype), torch.float32)
+        self.dtype = a.dtype if dtype is None else dtype
+        self.wider = torch.float32
+        for other in (lam.dtype, a.dtype, self.dtype):
+            self.wider = torch.promote_types(self.wider, other)
         self.dim = 0 if wide else 1  # the dimension of the weight that has size p
 
     @property
@@ -56,16 +72,16 @@ class FactoredUpdate:
 
     # shape: -> (m, tile)
     def c(self, tile: slice) -> Tensor:
-        """``scaling · C``, computed in the wider dtype and rounded once to that of ``A``."""
+        """``scaling · C``, computed in the wider dtype and rounded once to that of products."""
         lam, gamma = self.scaling * self.lam.to(self.wider), self.gamma[:, tile].to(self.wider)
         c = lam.unsqueeze(2) @ gamma.unsqueeze(1)  # faster as a product than as a broadcast
-        return _times(c, self.a[:, tile]).flatten(0, 1).to(self.a.dtype)
+        return _times(c, self.a[:, tile]).flatten(0, 1).to(self.dtype)
 
     # shape: weight (out, in) -> (out, in)
     def whole(self, weight: Tensor | None) -> Tensor:
         """``W0 + ΔW``, with the strides of ``W0``, or ``ΔW`` if ``weight`` is None."""
         tiles = self.tiles()
-        if weight is None or weight.dtype != self.a.dtype or not in_place():
+        if weight is None or weight.dtype != self.dtype or not in_place():
             parts = [self.effective(weight, tile) for tile in tiles]
             total = parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
             return total if weight is None else _laid_out(total, weight)
@@ -73,14 +89,14 @@ class FactoredUpdate:
 
     # shape: weight (out, in) -> (q, tile), (tile, q) if wide
     def effective(self, weight: Tensor | None, tile: slice) -> Tensor:
-        """The columns (rows, if wide) of ``W0 + ΔW`` in one tile, in the dtype of ``A``.
+        """The columns (rows, if wide) of ``W0 + ΔW`` in one tile, in the dtype of products.
 
         In low precision the sum is rounded once, from the accumulator of the product. There are two
         exceptions, in which ``ΔW`` or an intermediate result is rounded first: if ``B`` is applied
         by gathering or by factors, and under autocast. Relative to the rounding of the sum, this
         rounding is as small as ``ΔW`` relative to ``W0``.
         """
-        wide, dtype = self.wide, self.a.dtype
+        wide, dtype = self.wide, self.dtype
         base = None if weight is None else weight[tile] if wide else weight[:, tile]
         if base is None or base.dtype != dtype:  # under autocast W0 has a wider dtype
             delta = self.b.mm(self.c(tile))
@@ -95,7 +111,7 @@ class FactoredUpdate:
         """Add these columns (rows, if wide) of ``ΔW`` to ``total``."""
         width = size = tile.stop - tile.start
         if in_place():  # in parts, so that C is never in memory as a whole
-            width = max(128, _PART_BYTES // (self.b.shape[1] * self.a.dtype.itemsize))
+            width = max(128, _PART_BYTES // (self.b.shape[1] * self.dtype.itemsize))
 
         def plus(part: Tensor, at: slice) -> Tensor:
             c = self.c(slice(tile.start + at.start, tile.start + at.stop))
@@ -110,31 +126,37 @@ class FactoredUpdate:
 
         In float16, ``G`` is first divided by a power of two that brings its largest entry near one.
         """
-        if self.a.dtype != torch.float16:
+        if self.dtype != torch.float16:
             return self.b.tmm(g)
         largest = torch.linalg.vector_norm(g.detach().float(), torch.inf)
         largest = largest.clamp_min(torch.finfo(torch.float32).tiny)
         power: Tensor = largest / torch.frexp(largest).mantissa  # a power of two, or NaN
         return self.b.tmm((g.float() / power).to(torch.float16)).float() * power
 
-    # shape: p_tile (m, tile) -> (n, r), (n, tile)
-    def parameter_grads(
-        self, p_tile: Tensor, tile: slice, needs: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The tile's share of ``dΛ``, and its columns of ``dΓ``. May overwrite ``p_tile``."""
-        pa = _times(p_tile.reshape(*self.lam.shape, -1).to(self.wider), self.a[:, tile])
-        d_lam = d_gamma = None
+    # shape: p_tile (m, tile) -> (n, r), (n, tile), (r, tile)
+    def parameter_grads(self, p_tile: Tensor, tile: slice, needs: Needs) -> Grads:
+        """The tile's share of ``dΛ``, columns of ``dΓ`` and ``dA``. May overwrite ``p_tile``."""
+        by_base = p_tile.reshape(*self.lam.shape, -1).to(self.wider)  # (n, r, tile)
+        lam, gamma = self.scaling * self.lam.to(self.wider), self.gamma[:, tile].to(self.wider)
+        d_lam = d_gamma = d_a = None
+        if needs[2]:
+            d_a = _times(lam.unsqueeze(2) @ gamma.unsqueeze(1), by_base).sum(0)
+        if needs[0] or needs[1]:
+            by_base = _times(by_base, self.a[:, tile])
         if needs[0]:
-            gamma = self.scaling * self.gamma[:, tile].to(self.wider)
-            d_lam = (gamma.unsqueeze(1) @ pa.transpose(1, 2)).squeeze(1)
+            d_lam = ((self.scaling * gamma).unsqueeze(1) @ by_base.transpose(1, 2)).squeeze(1)
         if needs[1]:
-            d_gamma = ((self.scaling * self.lam.to(self.wider)).unsqueeze(1) @ pa).squeeze(1)
-        return d_lam, d_gamma
+            d_gamma = (lam.unsqueeze(1) @ by_base).squeeze(1)
+        return d_lam, d_gamma, d_a
 
 
 def _times(product: Tensor, other: Tensor) -> Tensor:
-    """``product * other``, in place if that is allowed."""
-    return product.mul_(other) if in_place() else product * other
+    """``product * other``, in place if that is allowed.
+
+    The second derivative by ``other`` needs the product as it was before.
+    """
+    recorded = torch.is_grad_enabled() and other.requires_grad
+    return product.mul_(other) if in_place() and not recorded else product * other
 
 
 def _laid_out(matrix: Tensor, like: Tensor) -> Tensor:

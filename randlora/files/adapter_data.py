@@ -19,8 +19,14 @@ from randlora.modules.weight_update import Settings, WeightSpec
 FORMAT = 1
 SAMPLES = 8  # entries of each base weight, by which another base model is noticed
 
-# Names of tensors in a file: the samples, entries of PEFT's bases, copies of other tensors.
-BASE, BASES, SAVED_PREFIX = RESERVED = "randlora.base", "randlora.bases.", "randlora.saved."
+# Names of tensors in a file: the samples, entries of PEFT's bases, copies of other tensors, trained
+# `A`.
+BASE, BASES, SAVED_PREFIX, A_PREFIX = RESERVED = (
+    "randlora.base",
+    "randlora.bases.",
+    "randlora.saved.",
+    "randlora.a.",
+)
 
 # The names that format 1 has for the fields of a WeightSpec. `parameter` is not stored: it is the
 # last part of the name of the weight.
@@ -36,6 +42,7 @@ class AdapterData:
     banks: tuple[BasisBank, ...]
     digests: tuple[str | None, ...]  # of the bases that updates use, by bank; None if unknown
     numbers: dict[str, Tensor]  # Λ and Γ side by side, (n, r + p), or (stack, n, r + p)
+    trained_a: dict[str, Tensor]  # A, (r, p) or (stack, r, p), of each update that trains it
     base: Tensor | None  # samples of base weights by name, float32, (updates, SAMPLES), or None
     saved: dict[str, Tensor]  # copies of other parameters and buffers, by the originals' names
     modules_to_save: tuple[str, ...]  # the modules that the adapter trains in full
@@ -46,10 +53,11 @@ class AdapterData:
         updates = self.updates.values()
         return [settings.sizes(spec) for spec, settings, bank in updates if bank == place]
 
-    def lambda_gamma(self, name: str) -> tuple[Tensor, Tensor]:
-        """``Λ``, ``(n, r)``, and ``Γ``, ``(n, p)``, of an update; ``(stack, n, …)`` for a stack."""
+    def trained(self, name: str) -> tuple[Tensor, ...]:
+        """The trained tensors of an update, as :attr:`WeightUpdate.shapes` describes them."""
         numbers, rank = self.numbers[name], self.updates[name][1].rank
-        return numbers[..., :rank], numbers[..., rank:]
+        own = (self.trained_a[name],) if name in self.trained_a else ()
+        return numbers[..., :rank], numbers[..., rank:], *own
 
     def check_bases(self) -> None:
         """Draw the bases; raise :class:`BasesError` unless their digests are those of the file."""
@@ -69,7 +77,8 @@ class AdapterData:
         base = {} if self.base is None else {BASE: self.base}
         entries = (_entries(bank, place) for place, bank in enumerate(self.banks))
         bases = {name: tensor for tensors in entries for name, tensor in tensors.items()}
-        return {**self.numbers, **saved, **bases, **base}
+        own = {A_PREFIX + name: tensor for name, tensor in self.trained_a.items()}
+        return {**self.numbers, **own, **saved, **bases, **base}
 
     def header(self) -> dict[str, Any]:
         """Everything that is not a tensor, to be stored as JSON.
@@ -83,6 +92,8 @@ class AdapterData:
             spec, settings, bank = self.updates[name]
             fields_of_spec = {key: getattr(spec, name) for name, key in _SPEC_KEYS.items()}
             choice = {**fields_of_spec, **asdict(settings), "bank": bank}
+            if not settings.train_a:
+                del choice["train_a"]  # earlier versions do not know it
             if choice not in choices:
                 choices.append(choice)
             places.append(choices.index(choice))
@@ -107,7 +118,12 @@ class AdapterData:
         banks = [_bank(recipe, tensors, place) for place, recipe in enumerate(header["banks"])]
         saved = {name: t for name, t in tensors.items() if name.startswith(SAVED_PREFIX)}
         entries = {name for place, bank in enumerate(banks) for name in _entries(bank, place)}
-        known = {BASE, *saved, *entries}
+        own = {
+            name.removeprefix(A_PREFIX): t
+            for name, t in tensors.items()
+            if name.startswith(A_PREFIX)
+        }
+        known = {BASE, *saved, *entries, *(A_PREFIX + name for name in own)}
         numbers = {name: tensor for name, tensor in tensors.items() if name not in known}
         updates = {}
         for name, place in zip(sorted(numbers), header["places"], strict=True):
@@ -122,16 +138,23 @@ class AdapterData:
                 raise ValueError(f"{name!r} is not an update of the size that its choices give")
             checked = Settings.of(
                 spec,
+                _at(banks, bank),
                 rank=settings.rank,
                 dropout=settings.dropout,
                 num_bases=settings.num_bases,
-                any_rank=not _at(banks, bank).lowers_rank,
+                train_a=settings.train_a,
+                asked_rank=as_positive_int("asked_rank", settings.asked_rank),
             )
             scaling = as_real("scaling", settings.scaling)
-            asked_rank = as_positive_int("asked_rank", settings.asked_rank)
-            if replace(checked, scaling=scaling, asked_rank=asked_rank) != settings:
+            if replace(checked, scaling=scaling) != settings:
                 raise ValueError(f"{name!r} has settings of wrong types in `choices`")
+            a, size = own.get(name), (*spec.stack_shape, settings.rank, spec.p)
+            fits = a is not None and a.shape == size and a.is_floating_point()
+            if not (fits if settings.train_a else a is None):
+                raise ValueError(f"{name!r} needs an A of shape {size} if it trains A, else none")
             updates[name] = spec, settings, bank
+        if extra := own.keys() - updates.keys():
+            raise ValueError(f"{A_PREFIX + min(extra)!r} is the A of no update")
         if tensors[BASE].shape != (len(updates), SAMPLES):
             raise ValueError(f"{BASE!r} must have shape {(len(updates), SAMPLES)}")
         return cls(
@@ -139,6 +162,7 @@ class AdapterData:
             banks=tuple(banks),
             digests=tuple(_texts([bank["digest"] for bank in header["banks"]])),
             numbers=numbers,
+            trained_a=own,
             base=tensors[BASE],
             saved={name.removeprefix(SAVED_PREFIX): tensor for name, tensor in saved.items()},
             modules_to_save=tuple(_texts(header["modules_to_save"])),

@@ -96,6 +96,7 @@ def collect(
     updates: dict[str, tuple[WeightSpec, Settings, int]] = {}
     banks: list[BasisBank] = []
     numbers, base = {}, {}
+    trained_a: dict[str, Tensor] = {}
     for path, module in modules.items():
         for parameter, update in module._randlora.updates.get(adapter, {}).items():
             name = join(path, parameter)
@@ -104,9 +105,12 @@ def collect(
             if update.bank not in banks:
                 banks.append(update.bank)
             updates[name] = update.spec, update.settings, banks.index(update.bank)
-            packed = torch.cat([t.detach().cpu() for t in update.parameters(module)], -1)
-            numbers[name] = packed if dtype is None else packed.to(dtype)
-            if not numbers[name].isfinite().all():
+            lam, gamma, *own = (t.detach().cpu() for t in update.parameters(module))
+            packed = [torch.cat([lam, gamma], -1), *(a.clone() for a in own)]
+            numbers[name], *own = (t if dtype is None else t.to(dtype) for t in packed)
+            if own:
+                (trained_a[name],) = own
+            if not all(t.isfinite().all() for t in (numbers[name], *own)):
                 raise ValueError(
                     f"model must have finite updates to be saved, but that of {name!r} has values "
                     "that are infinite or NaN"
@@ -125,6 +129,7 @@ def collect(
         banks=tuple(banks),
         digests=(),
         numbers=numbers,
+        trained_a=trained_a,
         base=torch.stack([base[name] for name in sorted(base)]),
         saved={name: tensor.detach().cpu().clone() for name, tensor in saved.items()},  # untied
         modules_to_save=_fully_trained(modules, adapter),

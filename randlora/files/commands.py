@@ -15,7 +15,7 @@ from randlora.files.checkpoint import read
 from randlora.files.errors import CheckpointError
 from randlora.files.merge_files import merge
 from randlora.model.reports import spectrum, table
-from randlora.modules.weight_update import update_matrix
+from randlora.modules.weight_update import factors_of, update_matrix
 
 _MERGE = """\
 Write a model with an adapter merged into its weights. Each weight is rounded
@@ -82,7 +82,7 @@ def inspect(path: str, *, ranks: bool = False) -> None:
                 str(settings.rank),
                 str(settings.num_bases),
                 f"{settings.scaling:g}",
-                f"{data.numbers[name].numel():,}",
+                f"{sum(tensor.numel() for tensor in data.trained(name)):,}",
                 str(place),
                 *([_ranks(data, name)] if ranks else []),
             )
@@ -116,8 +116,10 @@ def _ranks(data: AdapterData, name: str) -> str:
     """The rank of an update in float64 (for a stack, the lowest) and the largest possible one."""
     spec, settings, place = data.updates[name]
     bank, (r, p, q, m) = data.banks[place], settings.sizes(spec)
-    lam, gamma = (numbers.double() for numbers in data.lambda_gamma(name))
-    a, b = bank.a(r, p).double(), DenseOperator(bank.b(q, m, torch.float64))
-    delta = update_matrix(spec, settings, lam, gamma, a, b).reshape(-1, spec.out, spec.in_)
+    trained = [tensor.double() for tensor in data.trained(name)]
+    operands = bank.a(r, p).double(), DenseOperator(bank.b(q, m, torch.float64))
+    delta = update_matrix(spec, settings, *factors_of(trained, operands)).reshape(
+        -1, spec.out, spec.in_
+    )
     spectra = (spectrum(name, one, spec.q, certified=False) for one in torch.linalg.svdvals(delta))
     return f"{min(one.rank for one in spectra)} of {spec.p}"

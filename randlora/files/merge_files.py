@@ -23,7 +23,7 @@ from randlora.files.checkpoint import read
 from randlora.files.errors import FileError, MismatchError
 from randlora.files.storage import replacing, safetensors
 from randlora.model.reports import progress
-from randlora.modules.weight_update import add_update
+from randlora.modules.weight_update import add_update, factors_of
 
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"  # of a Hugging Face folder
 
@@ -242,10 +242,11 @@ def _changed(data: AdapterData, name: str, weight: Tensor, stores: dict[Any, Sto
     if name in data.saved:
         return data.saved[name].to(weight.dtype).contiguous()
     spec, settings, place = data.updates[name]
-    lam, gamma = data.lambda_gamma(name)
-    wide = torch.promote_types(lam.dtype, torch.float32)
+    trained = data.trained(name)
+    wide = torch.promote_types(trained[0].dtype, torch.float32)
     key = place, weight.dtype
     if key not in stores:
         stores[key] = data.banks[place].store(weight.device, weight.dtype)
     operands = stores[key].operands(*settings.sizes(spec))
-    return add_update(weight, spec, settings, lam.to(wide), gamma.to(wide), *operands)
+    factors = factors_of([tensor.to(wide) for tensor in trained], operands)
+    return add_update(weight, spec, settings, *factors)

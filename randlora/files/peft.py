@@ -136,9 +136,9 @@ def _adapter_data(
     try:
         missing = _missing(config, names, index)
         alpha, dropout = config["randlora_alpha"], config["randlora_dropout"]
-        common: Any = {"rank": config["r"], "alpha": alpha, "dropout": dropout, "any_rank": True}
-        settings = {name: Settings.of(spec, **common) for name, spec in specs.items()}
         bank = _bank(config, tensors, list(specs.values()))
+        common: Any = {"rank": config["r"], "alpha": alpha, "dropout": dropout}
+        settings = {name: Settings.of(spec, bank, **common) for name, spec in specs.items()}
         saved_modules = _saved(config, index.modules)
     except (TypeError, ValueError, LookupError, re.error) as error:
         raise FileError(f"{_CONFIG} and {_TENSORS} do not fit each other: {error}") from error
@@ -168,6 +168,7 @@ def _adapter_data(
         banks=(bank,),
         digests=(None,),
         numbers=numbers,
+        trained_a={},
         base=None,
         saved={n.removeprefix(_MODEL): t for n, t in tensors.items() if not n.endswith(ours)},
         modules_to_save=tuple(saved_modules),
@@ -354,7 +355,7 @@ def save_adapter(
     }
     tensors = {f"{_MODEL}{name}": tensor for name, tensor in data.saved.items()}
     for name in names:
-        lam, gamma = data.lambda_gamma(f"{name}.weight")
+        lam, gamma = data.trained(f"{name}.weight")
         tensors |= {f"{_MODEL}{name}.{_LAMBDA}": lam.T, f"{_MODEL}{name}.{_GAMMA}": gamma}
     if save_projection:
         a, b = bank.projections(smaller, larger)
@@ -385,6 +386,10 @@ def _common(index: ModelIndex, data: AdapterData) -> tuple[PeftBank, float, floa
             raise ValueError(
                 f"model must have updates of linear layers and Conv1D only, to be written for PEFT,"
                 f" but has one of {name!r} in a {type(module).__name__}"
+            )
+        if settings.train_a:
+            raise ValueError(
+                f"model must share a frozen A, to be written for PEFT, but {name!r} trains its own"
             )
         if settings.num_bases != -(-spec.p // settings.rank):
             raise ValueError(

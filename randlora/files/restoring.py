@@ -101,12 +101,10 @@ def _updates(
 def _load_numbers(
     data: AdapterData, targets: Mapping[str, TargetWeight], adapter: str, *, keep_dtype: bool
 ) -> None:
-    """Write ``Λ`` and ``Γ``. Unless ``keep_dtype``, float64 numbers make them float64."""
+    """Write ``Λ``, ``Γ`` and ``A``. Unless ``keep_dtype``, float64 numbers make them float64."""
     for name, (module, spec) in targets.items():
         update = state_of(module).updates[adapter][spec.parameter]
-        for parameter, numbers in zip(
-            update.parameters(module), data.lambda_gamma(name), strict=True
-        ):
+        for parameter, numbers in zip(update.parameters(module), data.trained(name), strict=True):
             if not keep_dtype and numbers.dtype == torch.float64:
                 parameter.data = parameter.data.double()
             parameter.copy_(numbers)
@@ -179,7 +177,9 @@ def _check_same(
             raise MismatchError(f"the update of {name!r} is parametrized here")
         theirs, ours = asdict(settings), asdict(present[place].settings)
         if differ := [key for key in theirs if theirs[key] != ours[key] and key != "asked_rank"]:
-            sides = (", ".join(f"{key}={side[key]:g}" for key in differ) for side in (theirs, ours))
+            sides = (
+                ", ".join(_setting(key, side[key]) for key in differ) for side in (theirs, ours)
+            )
             raise MismatchError(
                 f"the update of {name!r} has {' in the file, but '.join(sides)} in the model's "
                 f"adapter; {_OTHER}"
@@ -189,6 +189,10 @@ def _check_same(
                 f"the update of {name!r} uses {data.banks[bank]!r} in the file, but "
                 f"{present[place].bank!r} in the model's adapter; {_OTHER}"
             )
+
+
+def _setting(key: str, value: float) -> str:
+    return f"{key}={value}" if isinstance(value, bool) else f"{key}={value:g}"
 
 
 def _check_same_modules(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,7 +12,7 @@ from torch import nn
 from randlora.bases.bank import BasisBank
 from randlora.bases.peft_rule import PEFT_KINDS, PeftBank
 from randlora.bases.streams import KINDS
-from randlora.core.checks import as_positive_int, as_scaling
+from randlora.core.checks import as_positive_int
 from randlora.model.choosing import TargetWeight, chosen_weights
 from randlora.model.index import NEW_TASK, ModelIndex, ModelT
 from randlora.model.installing import install, prepare, untrainable
@@ -30,15 +29,16 @@ from randlora.modules.weight_update import (
 
 def inject(
     model: ModelT,
-    rank: int | Mapping[Pattern, int] = 6,
+    rank: int | Mapping[Pattern, int] = 8,
     *,
     target_modules: Target | None = None,
     exclude_modules: Target | None = None,
     target_parameters: Pattern | Iterable[Pattern] | None = None,
-    basis: str | BasisBank = "dense",
+    basis: str | BasisBank = "isometric",
     alpha: float | None = None,
     dropout: float = 0.0,
     num_bases: int | None = None,
+    train_a: bool = False,
     seed: int = 0,
     modules_to_save: Target | None = None,
     adapter: str = DEFAULT,
@@ -83,12 +83,14 @@ def inject(
             depend on the targets. The kinds ``peft``, ``peft_sparse`` and ``peft_very_sparse``
             exchange adapters with PEFT (:mod:`randlora.peft`): their bases depend on the targets,
             all layers have one rank, which is not lowered, and ``Λ`` starts at 0.
-        alpha: ``scaling`` is ``alpha / rank``; by default ``alpha = rank``, see
-            :class:`RandLoRALinear`. A lowered rank does not change the scaling.
+        alpha: makes ``scaling`` ``alpha / rank``; by default it depends on the sizes of each layer,
+            see :class:`RandLoRALinear`. For a rank that was lowered, ``rank`` is the one asked for.
         dropout: probability, in ``[0, 1)``, of zeroing an input of the update in training. It draws
             from torch's generator, so other dropout in the model then draws different numbers.
         num_bases: ``n``, by default ``ceil(p / r)``, which gives full rank. A larger value is
             lowered to that.
+        train_a: whether each update gets an ``A`` of its own, which is trained, see
+            :class:`RandLoRALinear`.
         seed: the seed of the bases, if ``basis`` is a kind.
         modules_to_save: which modules to train in full: patterns or a predicate. They are not
             adapted. If this is None and the output head is frozen although its name is that of a
@@ -119,7 +121,8 @@ def inject(
     saved = _saved_modules(index, modules_to_save)
     targets = chosen_weights(index, target_modules, exclude_modules, target_parameters, saved)
     bank = _bank(index, targets, basis, seed, rank, banks)
-    settings = _settings(index, targets, rank, alpha, dropout, num_bases, bank.lowers_rank)
+    given: Any = {"alpha": alpha, "dropout": dropout, "train_a": train_a}
+    settings = _settings(index, targets, bank, rank, num_bases, **given)
     if modules_to_save is None:
         _warn_of_frozen_heads(index, targets)
     updates = {target: (settings[target], bank) for target in targets}
@@ -174,17 +177,16 @@ def _warn_of_frozen_heads(index: ModelIndex, targets: list[TargetWeight]) -> Non
 def _settings(
     index: ModelIndex,
     targets: list[TargetWeight],
+    bank: BasisBank,
     rank: int | Mapping[Pattern, int],
-    alpha: float | None,
-    dropout: float,
     num_bases: int | None,
-    lowers_rank: bool,
+    **given: Any,
 ) -> dict[TargetWeight, Settings]:
     """The settings of each update. A rank or number of bases too large for a weight is lowered."""
     ranks = _ranks(index, targets, rank)
     for asked in set(ranks.values()):
         largest = max(target.spec.p for target in targets if ranks[target] == asked)
-        if asked > largest and lowers_rank:
+        if asked > largest and bank.lowers_rank:
             raise ValueError(
                 "rank must be at most the largest min(in_features, out_features) of the layers it "
                 f"is for, here {largest}, got {asked}"
@@ -194,13 +196,11 @@ def _settings(
     settings = {}
     for target, asked in ranks.items():
         p = target.spec.p
-        r = min(asked, p) if lowers_rank else asked
+        r = min(asked, p) if bank.lowers_rank else asked
         n = None if num_bases is None else min(num_bases, -(-p // r))
-        fitting = Settings.of(
-            target.spec, rank=r, dropout=dropout, num_bases=n, any_rank=not lowers_rank
+        settings[target] = Settings.of(
+            target.spec, bank, rank=r, num_bases=n, asked_rank=asked, **given
         )
-        scaling = 1.0 if alpha is None else as_scaling(alpha, asked)
-        settings[target] = replace(fitting, scaling=scaling, asked_rank=asked)
     if num_bases is not None and all(s.num_bases < num_bases for s in settings.values()):
         largest = max(s.num_bases for s in settings.values())
         raise ValueError(

@@ -37,7 +37,7 @@ from randlora.modules.weight_update import DEFAULT, Settings, WeightUpdate
 class ModuleChanges:
     """What an adapter adds to one module, complete before the module is changed."""
 
-    updates: dict[WeightUpdate, tuple[nn.Parameter, nn.Parameter]] = field(default_factory=dict)
+    updates: dict[WeightUpdate, tuple[nn.Parameter, ...]] = field(default_factory=dict)
     copies: dict[str, tuple[str, Tensor]] = field(default_factory=dict)  # by name: key, tensor
     fully_trained: bool = False
     new_class: Any = None
@@ -215,7 +215,7 @@ def train(model: nn.Module) -> None:
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters to give to the optimiser: ``Λ``, ``Γ``, then those of ``modules_to_save``.
+    """The parameters to give to the optimiser: those of the updates, then of ``modules_to_save``.
 
     These are the parameters of the active adapter, each once, in the order of ``model.modules()``.
     After :func:`set_adapter` or :func:`load_adapter` make a new optimiser: the old one has the
@@ -233,7 +233,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _numbers(module: Any, adapter: str) -> list[nn.Parameter]:
-    """``Λ`` and ``Γ`` of an adapter in a module; if parametrized, the parameters behind them."""
+    """What an adapter trains of the updates in a module; if parametrized, what is behind."""
     found: list[nn.Parameter] = []
     for update in module._randlora.updates.get(adapter, {}).values():
         for name in update.parameter_names:

@@ -256,10 +256,9 @@ def _layer_rank(name: str, module: nn.Module, update: WeightUpdate, index: int) 
     r, p, q, m = update.sizes
     certified = update.bank.is_isometry(q, m) and update.spec.frozen_row is None
     if certified:
-        lam, gamma = (t.double() for t in update.parameters(module))
-        if update.spec.stack:
-            lam, gamma = lam[index], gamma[index]
-        a = update.bank.a(r, p).to(lam)
+        trained = [t.double() for t in update.parameters(module)]
+        lam, gamma, *own = [t[index] for t in trained] if update.spec.stack else trained
+        a = own[0] if own else update.bank.a(r, p).to(lam)
         c = torch.einsum("jk,kc,jc->jkc", lam, a, gamma).flatten(0, 1)
         sigma = update.settings.scaling * math.sqrt(q) * torch.linalg.svdvals(c)
         sigma = torch.cat([sigma, sigma.new_zeros(p - len(sigma))])

@@ -31,8 +31,8 @@ class AdaptedModule:
     """The base of the class of every adapted module.
 
     It adds to a module only the attribute ``_randlora``, parameters whose names end in
-    ``randlora_lambda`` and ``randlora_gamma``, and parameters and buffers with ``randlora_copy_``
-    in their names. All other names are left to the author of the module.
+    ``randlora_lambda``, ``randlora_gamma`` or ``randlora_a``, and parameters and buffers with
+    ``randlora_copy_`` in their names. All other names are left to the author of the module.
     """
 
     _randlora_base: ClassVar[type[nn.Module]]
@@ -175,12 +175,12 @@ def reset(module: Any, draw: Callable[[], None]) -> None:
 def install(
     module: Any,
     adapter: str,
-    updates: Mapping[WeightUpdate, tuple[nn.Parameter, nn.Parameter]],
+    updates: Mapping[WeightUpdate, tuple[nn.Parameter, ...]],
     copies: Mapping[str, tuple[str, Tensor]],
     *,
     fully_trained: bool,
 ) -> None:
-    """Add an adapter to a module: its updates with ``Λ`` and ``Γ``, and its copies.
+    """Add an adapter to a module: its updates with their trained tensors, and its copies.
 
     ``copies`` maps the name of an original to the key and the tensor of its copy. The caller
     changes the module's class to an adapted one.

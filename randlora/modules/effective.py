@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from randlora.bases.store import Store
-from randlora.core.operators import DenseOperator
+from randlora.core.operators import DenseOperator, Operator
 from randlora.modules.disabling import innermost_scope
 from randlora.modules.state import AdapterState, saved_tensor_hooks, state_of, tensor_of, thread_id
-from randlora.modules.weight_update import WeightUpdate, add_update, update_matrix
+from randlora.modules.weight_update import WeightUpdate, add_update, factors_of, update_matrix
 
 
 def active_tensor(module: Any, name: str) -> Tensor:
@@ -92,10 +92,9 @@ def buffer_write_key(module: Any, name: str, value: Any) -> str | None:
 
 def _compute_effective_weight(module: Any, update: WeightUpdate) -> Tensor:
     base: nn.Parameter = module._parameters[update.spec.parameter]
-    lam, gamma = update.parameters(module)
-    operands = update.operands(base.device, base.dtype)
+    factors = update.factors(module, base.device, base.dtype)
     token = module._randlora.checkpoint_token
-    w = add_update(base, update.spec, update.settings, lam, gamma, *operands, token=token)
+    w = add_update(base, update.spec, update.settings, *factors, token=token)
     return _match_memory_format(w, base)
 
 
@@ -112,20 +111,22 @@ def _match_memory_format(weight: Tensor, like: Tensor) -> Tensor:
 
 
 def delta_of(module: Any, update: WeightUpdate, dtype: torch.dtype | None = None) -> Tensor:
-    """Return ``ΔW``, shape ``(out, in)``, differentiable in ``Λ`` and ``Γ``; or a stack of these.
+    """Return ``ΔW``, shape ``(out, in)``, differentiable in what is trained; or a stack of these.
 
     It is computed in ``dtype``, by default that of the weight; that of ``Λ`` if the weight is
     unreadable. To judge a rank, use float64.
     """
-    spec, (lam, gamma) = update.spec, update.parameters(module)
+    spec, trained = update.spec, update.parameters(module)
+    lam = trained[0]
     default = (lam if spec.unreadable else module._parameters[spec.parameter]).dtype
+    operands: tuple[Tensor, Operator]
     if dtype is None or dtype == default:
-        a, b = update.operands(lam.device, default)
+        operands = update.operands(lam.device, default)
     else:  # only reports ask for another dtype, so the bank does not keep these bases
         r, p, q, m = update.sizes
         a = update.bank.a(r, p).to(lam.device, dtype)
-        b = DenseOperator(update.bank.b(q, m, dtype).to(lam.device))
-    return update_matrix(spec, update.settings, lam, gamma, a, b)
+        operands = a, DenseOperator(update.bank.b(q, m, dtype).to(lam.device))
+    return update_matrix(spec, update.settings, *factors_of(trained, operands))
 
 
 def weighted_sum(
@@ -147,9 +148,8 @@ def weighted_sum(
             key = update.bank, base.device, wider
             if key not in stores:
                 stores[key] = update.bank.store(base.device, wider)
-            lam, gamma = update.parameters(module)
-            a, b = stores[key].operands(*update.sizes)
-            delta = update_matrix(update.spec, update.settings, lam, gamma, a, b)
+            factors = factors_of(update.parameters(module), stores[key].operands(*update.sizes))
+            delta = update_matrix(update.spec, update.settings, *factors)
             delta = delta.transpose(-1, -2) if update.spec.transposed else delta
             total += weight * delta.reshape(base.shape)
         return _match_memory_format(total.to(base.dtype), base)
@@ -163,7 +163,7 @@ def merged_weight(module: Any, parameter: str) -> Tensor:
 
 
 def source_tensors(module: Any, parameter: str) -> tuple[Tensor, ...]:
-    """Return the tensors that an effective weight is computed from: ``W0``, ``Λ`` and ``Γ``."""
+    """Return the tensors that an effective weight is computed from: ``W0``, ``Λ``, ``Γ``, ``A``."""
     update = module._randlora.active_updates[parameter]
     return module._parameters[parameter], *update.parameters(module)
 

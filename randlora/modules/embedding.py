@@ -50,16 +50,15 @@ class RandLoRAEmbedding(AdaptedModule, nn.Embedding):
             # `sparse` is not passed on: the gradient of W0 + ΔW is always dense.
             return F.embedding(input, self.weight, self.padding_idx)
         base: Any = self._parameters["weight"]
-        lam, gamma = update.parameters(self)
-        a, b = update.operands(base.device, base.dtype)
+        lam, gamma, a, b, dtype = update.factors(self, base.device, base.dtype)
         rows, wide = input.flatten(), update.spec.wide
         frozen = F.embedding(rows, base)  # this raises if an index is out of range
         if wide:  # the vocabulary is p: the rows of ΔW are columns of A and Γ
             a, gamma = a[:, rows], gamma[:, rows]
         else:
-            b = b.rows(rows, base.dtype)
+            b = b.rows(rows, dtype)
         keywords: Any = {"scaling": update.settings.scaling, "token": state.checkpoint_token}
-        w = effective_weight(frozen, lam, gamma, a, b, wide=wide, **keywords)
+        w = effective_weight(frozen, lam, gamma, a, b, dtype, wide=wide, **keywords)
         if self.padding_idx is not None:
             w = torch.where((rows == self.padding_idx).unsqueeze(1), frozen, w)
         return w.view(*input.shape, -1)

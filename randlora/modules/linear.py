@@ -34,18 +34,19 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
     r"""A linear layer with a frozen weight and a trained update of full rank.
 
     .. math:: y = x\,(W_0 + \Delta W)^\top + b, \qquad
-              \Delta W = \frac{\alpha}{r} \sum_{j=1}^{n} B_j \Lambda_j A \Gamma_j
+              \Delta W = s \sum_{j=1}^{n} B_j \Lambda_j A \Gamma_j
 
     (paper, equation 4); if ``out < in``, the sum is transposed. With ``p = min(out, in)``,
     ``q = max(out, in)`` and ``n = ceil(p / r)``, only ``Λ`` (``randlora_lambda``, shape ``(n, r)``)
-    and ``Γ`` (``randlora_gamma``, shape ``(n, p)``) are trained. These are ``n (r + p)`` numbers,
-    fewer for a larger rank. They are created in float32 whatever the dtype of the weight; only
-    ``layer.to(dtype)`` changes that.
+    and ``Γ`` (``randlora_gamma``, shape ``(n, p)``) are trained, and ``A`` if ``train_a``. These are
+    ``n (r + p)`` numbers, fewer for a larger rank, and ``r p`` for ``A``. They are created in
+    float32 whatever the dtype of the weight; only ``layer.to(dtype)`` changes that.
 
-    **Initialisation.** ``Γ = 0`` and ``Λ = 1/√(n r)``, so ``ΔW = 0`` exactly, and the first
-    optimiser step can make ``ΔW`` full rank if the batch has at least ``p`` tokens (proofs:
-    ``docs/theorem.md``). With this ``Λ`` an entry of ``ΔW`` has the variance of ``Γ`` for every
-    size and rank, so the scaling is 1 by default. ``docs/guide.md`` has the paper's scalings.
+    **Initialisation.** ``Γ = 0`` and ``Λ = 1``, so ``ΔW = 0`` exactly, and the first optimiser step
+    can make ``ΔW`` full rank if the batch has at least ``p`` tokens (proofs: ``docs/theorem.md``).
+
+    **Learning rate.** Start with AdamW at 1e-3, whatever the sizes, the rank and the kind of bases.
+    The default scaling, ``125 / (in √n)``, makes that the right step (``docs/rates.md``).
 
     **Speed and memory.** In each call a cost model orders the products, see ``docs/speed.md``.
     :attr:`choice` fixes parts of this plan, for one layer if set on a layer, for all if set on the
@@ -64,14 +65,17 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
         device: the device of the parameters.
         dtype: the dtype of the weight and the bias.
         rank: ``r``, the rank of one basis, from 1 to ``p``.
-        bank: the :class:`BasisBank` with the bases; by default a ``dense`` bank, which is shared by
-            all layers that are created without one.
-        alpha: ``scaling`` is ``alpha / rank``; by default ``alpha = rank``.
+        bank: the :class:`BasisBank` with the bases; by default an ``isometric`` bank, which is
+            shared by all layers that are created without one.
+        alpha: makes ``scaling`` ``alpha / rank``; by default it is ``125 / (in √n)``, near 0.05
+            for a thousand inputs. So unlike in LoRA, ``alpha = rank`` is a large value.
         dropout: the probability, in ``[0, 1)``, of zeroing an input of the update in training. The
             frozen weight gets the input without dropout. Code that reads :attr:`weight` (a subclass
             with its own forward, an attention layer) gets no dropout.
         num_bases: ``n``, by default ``ceil(p / r)``, which gives full rank. With fewer, the rank of
             ``ΔW`` is at most ``num_bases · r`` (RandLoRA-b in table 2 of the paper).
+        train_a: whether the layer has an ``A`` of its own (``randlora_a``, shape ``(r, p)``), which
+            is trained from the value of the shared one. These are ``r p`` numbers more.
 
     Raises:
         TypeError: if an argument is of the wrong type.
@@ -89,6 +93,7 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
     choice: Choice = AUTOMATIC
     randlora_lambda: nn.Parameter
     randlora_gamma: nn.Parameter
+    randlora_a: nn.Parameter  # only with `train_a`
 
     def __init__(
         self,
@@ -103,11 +108,11 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
         alpha: float | None = None,
         dropout: float = 0.0,
         num_bases: int | None = None,
+        train_a: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        spec = linear_spec(self)
-        settings = Settings.of(spec, rank=rank, alpha=alpha, dropout=dropout, num_bases=num_bases)
-        self._adapt(WeightUpdate(DEFAULT, spec, settings, _bank_or_default(bank)))
+        given: Any = {"alpha": alpha, "dropout": dropout, "num_bases": num_bases}
+        self._adapt(_new_update(self, bank, rank=rank, train_a=train_a, **given))
 
     @classmethod
     def from_linear(
@@ -119,6 +124,7 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
         alpha: float | None = None,
         dropout: float = 0.0,
         num_bases: int | None = None,
+        train_a: bool = False,
     ) -> RandLoRALinear:
         """Return an adapted layer that shares the parameters of ``linear``, and freeze these.
 
@@ -136,16 +142,17 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
         if isinstance(linear, AdaptedModule):
             raise TypeError(f"linear cannot be adapted: {type(linear).__name__} is adapted already")
-        spec = linear_spec(linear)
-        if (reason := why_unsupported(linear, spec) or attribute_conflict(linear)) is not None:
+        if (
+            reason := why_unsupported(linear, linear_spec(linear)) or attribute_conflict(linear)
+        ) is not None:
             raise TypeError(f"linear cannot be adapted: {reason}")
         if "forward" in vars(linear):
             raise TypeError(
                 "linear cannot be adapted, because its forward is bound to it (an attribute of the "
                 "instance): a copy would call the original"
             )
-        settings = Settings.of(spec, rank=rank, alpha=alpha, dropout=dropout, num_bases=num_bases)
-        update = WeightUpdate(DEFAULT, spec, settings, _bank_or_default(bank))
+        given: Any = {"alpha": alpha, "dropout": dropout, "num_bases": num_bases}
+        update = _new_update(linear, bank, rank=rank, train_a=train_a, **given)
         copied: Any = copy.copy(linear)
         for name, value in vars(linear).items():
             # Parameters, buffers and hooks are shared; the containers that register them are not.
@@ -206,7 +213,7 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
 
     @property
     def scaling(self) -> float:
-        """The factor of ``ΔW``, ``alpha / rank``."""
+        """The factor of ``ΔW``."""
         return self.weight_update.settings.scaling
 
     @property
@@ -251,7 +258,7 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
         elif isinstance(input, Tensor) and input.is_floating_point():
             input = input.to(dtype)
         check_input(input, self.in_features, dtype)
-        operands = *update.parameters(self), *update.operands(weight.device, dtype)
+        operands = update.factors(self, weight.device, dtype)
         scaling, dropout = update.settings.scaling, update.settings.dropout
         keywords: Any = {"scaling": scaling, "choice": self.choice, "token": state.checkpoint_token}
         if self.training and dropout:
@@ -298,6 +305,12 @@ def linear_spec(linear: nn.Linear) -> WeightSpec:
     return WeightSpec("weight", linear.out_features, linear.in_features)
 
 
+def _new_update(linear: nn.Linear, bank: BasisBank | None, **settings: Any) -> WeightUpdate:
+    """Return an update of the weight, with the bank or the default one."""
+    spec, bank = linear_spec(linear), _bank_or_default(bank)
+    return WeightUpdate(DEFAULT, spec, Settings.of(spec, bank, **settings), bank)
+
+
 def attribute_conflict(linear: nn.Module) -> str | None:
     """Return the reason if a layer has an attribute that :class:`RandLoRALinear` needs, or None."""
     needed = {*vars(RandLoRALinear), *vars(AdaptedModule)} - {*dir(nn.Linear), "weight"}
@@ -320,6 +333,6 @@ def _bank_or_default(bank: BasisBank | None) -> BasisBank:
         raise TypeError(f"bank must be a BasisBank, got {type(bank).__name__}")
     bank = _default_bank() if _default_bank is not None else None
     if bank is None:
-        bank = BasisBank()
+        bank = BasisBank("isometric")
         _default_bank = weakref.ref(bank)
     return bank

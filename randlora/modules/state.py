@@ -116,7 +116,7 @@ class AdapterState:
             yield from updates.values()
 
     def keys_of(self, adapter: str) -> list[str]:
-        """Return the keys of one adapter's tensors in the module: ``Λ``, ``Γ``, then copies."""
+        """Return the keys of one adapter's tensors in the module: of updates, then copies."""
         updates = self.updates.get(adapter, {}).values()
         parameters = [name for update in updates for name in update.parameter_names]
         return [*parameters, *self.copies.get(adapter, {}).values()]

@@ -41,10 +41,9 @@ class UnreadableLinear(AdaptedModule):
         dtype, settings = autocast_dtype(input.device), update.settings
         x = input if dtype is None else input.to(dtype)
         x = F.dropout(x, settings.dropout, module.training)
-        a, b = update.operands(x.device, x.dtype)
-        lam, gamma = update.parameters(module)
+        factors = update.factors(module, x.device, x.dtype)
         keywords: Any = {"scaling": settings.scaling, "token": module._randlora.checkpoint_token}
-        delta = randlora_linear(x, None, None, lam, gamma, a, b, **keywords)
+        delta = randlora_linear(x, None, None, *factors, **keywords)
         return y + delta.to(y.dtype)  # type: ignore[no-any-return]
 
 

@@ -1,17 +1,18 @@
 """One update ``ΔW`` of one weight: which weight, which settings, and how ``W0 + ΔW`` is computed.
 
 A :class:`WeightUpdate` combines a :class:`WeightSpec` (which parameter, and how it is read as a
-matrix), :class:`Settings` (rank, scaling, …) and a basis bank. ``Λ`` and ``Γ`` are parameters of
-the module; a ``WeightUpdate`` knows only their names, so that the module alone saves and moves
-them.
+matrix), :class:`Settings` (rank, scaling, …) and a basis bank. ``Λ``, ``Γ`` and a trained ``A`` are
+parameters of the module; a ``WeightUpdate`` knows only their names, so that the module alone saves
+and moves them.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -75,27 +76,31 @@ class Settings:
 
     rank: int  # `r`, the rank of one basis
     num_bases: int  # `n`
-    scaling: float  # the factor of ΔW, `alpha / rank`
+    scaling: float  # the factor of ΔW
     dropout: float  # the probability of zeroing an input of the update in training
     asked_rank: int  # the rank that `inject` was given; `rank` is lower if it was lowered to p
+    train_a: bool = False  # whether the update has an `A` of its own, which is trained
 
     @staticmethod
     def of(
         spec: WeightSpec,
+        bank: BasisBank,
         *,
         rank: int,
         alpha: float | None = None,
         dropout: float = 0.0,
         num_bases: int | None = None,
-        any_rank: bool = False,
+        train_a: bool = False,
+        asked_rank: int | None = None,
     ) -> Settings:
         """Check the arguments of an update of one weight, and fill in the defaults.
 
-        The arguments are those of ``RandLoRALinear``. ``any_rank`` allows ``r > p``, as PEFT does.
+        The arguments are those of ``RandLoRALinear``. ``asked_rank`` is the rank before it was
+        lowered to ``p``, by default ``rank``; ``alpha`` is divided by it.
         """
         p = spec.p
         rank = as_positive_int("rank", rank)
-        if rank > p and not any_rank:
+        if rank > p and bank.lowers_rank:
             raise ValueError(
                 f"rank must be at most min(in_features, out_features) = {p} for a layer "
                 f"{spec.in_} -> {spec.out}, got {rank}"
@@ -107,11 +112,17 @@ class Settings:
                 f"num_bases must be at most ceil({p} / {rank}) = {most}, which gives full rank, "
                 f"got {num_bases}"
             )
-        scaling = 1.0 if alpha is None else as_scaling(alpha, rank)
+        asked_rank = rank if asked_rank is None else asked_rank
+        if alpha is None:
+            scaling = bank.default_scaling(spec.in_, num_bases)
+        else:
+            scaling = as_scaling(alpha, asked_rank)
         dropout = as_real("dropout", dropout)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout:g}")
-        return Settings(rank, num_bases, scaling, dropout, asked_rank=rank)
+        if not isinstance(train_a, bool):
+            raise TypeError(f"train_a must be True or False, got {train_a!r}")
+        return Settings(rank, num_bases, scaling, dropout, asked_rank, train_a)
 
     def sizes(self, spec: WeightSpec) -> tuple[int, int, int, int]:
         """``(r, p, q, m)``: ``A`` has shape ``(r, p)`` and ``B`` has shape ``(q, m)``."""
@@ -119,13 +130,17 @@ class Settings:
 
 
 class WeightUpdate:
-    """The update ``ΔW`` of one weight: everything but ``Λ`` and ``Γ``, which the module holds."""
+    """The update ``ΔW`` of one weight: everything but its trained tensors.
+
+    These are ``Λ``, ``Γ`` and, with ``train_a``, ``A``. The module holds them.
+    """
 
     def __init__(self, name: str, spec: WeightSpec, settings: Settings, bank: BasisBank) -> None:
         self.spec, self.settings, self.bank = spec, settings, bank
         prefix = "" if name == DEFAULT else f"{name}_"
         prefix += "" if spec.parameter == "weight" else f"{spec.parameter}_"
-        self.parameter_names = f"{prefix}randlora_lambda", f"{prefix}randlora_gamma"  # of Λ and Γ
+        # The names of the trained tensors.
+        self.parameter_names = tuple(f"{prefix}randlora_{name}" for name in self._symbols)
         self._stores: dict[tuple[torch.device, torch.dtype], Store] = {}
         # A and B for compiled code.
         self.compiled_operands: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Operator]] = {}
@@ -136,40 +151,53 @@ class WeightUpdate:
         return self.settings.sizes(self.spec)
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of ``Λ``, ``(n, r)``, and ``Γ``, ``(n, p)``; ``(stack, n, …)`` for a stack."""
-        stack, n = self.spec.stack_shape, self.settings.num_bases
-        return (*stack, n, self.settings.rank), (*stack, n, self.spec.p)
+    def _symbols(self) -> tuple[str, ...]:
+        return ("lambda", "gamma", "a") if self.settings.train_a else ("lambda", "gamma")
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of ``Λ``, ``(n, r)``, ``Γ``, ``(n, p)``, and a trained ``A``, ``(r, p)``.
+
+        For a stack, ``stack`` comes before each of these.
+        """
+        stack, (r, p, _, m) = self.spec.stack_shape, self.sizes
+        shapes = (m // r, r), (m // r, p), (r, p)
+        return tuple((*stack, *shape) for _, shape in zip(self._symbols, shapes, strict=False))
 
     @property
     def trained(self) -> int:
-        """The number of trained values in ``Λ`` and ``Γ``."""
+        """The number of trained values."""
         return sum(math.prod(shape) for shape in self.shapes)
 
-    def parameters(self, module: nn.Module) -> tuple[Tensor, Tensor]:
-        """Return ``Λ`` and ``Γ`` of a module."""
+    def parameters(self, module: nn.Module) -> tuple[Tensor, ...]:
+        """Return the trained tensors of a module: ``Λ``, ``Γ`` and, with ``train_a``, ``A``."""
         own: Any = module._parameters
-        # A parametrized Λ or Γ is not in `_parameters`: reading the attribute computes it.
-        lam, gamma = (own[n] if n in own else getattr(module, n) for n in self.parameter_names)
-        return lam, gamma
+        # A parametrized one is not in `_parameters`: reading the attribute computes it.
+        return tuple(own[n] if n in own else getattr(module, n) for n in self.parameter_names)
 
-    def make_parameters(self, device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
-        """Return new ``Λ`` and ``Γ`` in float32, with the values at which ``ΔW = 0``."""
+    def make_parameters(self, device: torch.device) -> tuple[nn.Parameter, ...]:
+        """Return new trained tensors in float32, with the values at which ``ΔW = 0``."""
         with torch.inference_mode(False):
-            empty = [torch.empty(s, device=device, dtype=torch.float32) for s in self.shapes]
-            lam, gamma = map(nn.Parameter, empty)
-        self.reset(lam, gamma)
-        return lam, gamma
+            made = [torch.empty(s, device=device, dtype=torch.float32) for s in self.shapes]
+            parameters = tuple(map(nn.Parameter, made))
+        self.reset(*parameters)
+        return parameters
 
     @torch.no_grad()
-    def reset(self, lam: Tensor, gamma: Tensor) -> None:
-        """Set ``Λ`` and ``Γ`` in place to their initial values. One of them is 0, so ``ΔW = 0``."""
-        values = self.bank.start(self.settings.num_bases, self.settings.rank, self.spec.p)
-        for parameter, value in zip((lam, gamma), values, strict=True):
+    def reset(self, lam: Tensor, gamma: Tensor, a: Tensor | None = None) -> None:
+        """Set the trained tensors in place to their initial values, at which ``ΔW = 0``."""
+        r, p, _, m = self.sizes
+        for parameter, value in zip((lam, gamma), self.bank.start(m // r, r, p), strict=True):
             parameter.fill_(value)
+        if a is not None:
+            a.copy_(self.bank.a(r, p))
+
+    def factors(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> Factors:
+        """Return ``Λ``, ``Γ``, ``A`` and ``B`` of a module, and ``dtype``, to compute in it."""
+        return factors_of(self.parameters(module), self.operands(device, dtype))
 
     def operands(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Operator]:
-        """Return ``A``, shape ``(r, p)``, and the operator ``B``, shape ``(q, m)``."""
+        """Return the frozen ``A``, shape ``(r, p)``, and the operator ``B``, shape ``(q, m)``."""
         if torch.compiler.is_dynamo_compiling():
             _fill_compiled_operands(self, device, dtype)
             return self.compiled_operands[device, dtype]
@@ -215,6 +243,19 @@ def _fill_compiled_operands(update: WeightUpdate, device: torch.device, dtype: t
 _fill_compiled_operands._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+# ``Λ``, ``Γ``, ``A``, ``B`` and the dtype to compute in, as the functions on tensors take them.
+Factors: TypeAlias = tuple[Tensor, Tensor, Tensor, Operator, torch.dtype]
+
+
+def factors_of(trained: Sequence[Tensor], operands: tuple[Tensor, Operator]) -> Factors:
+    """Return the factors, with the trained ``A``, if any, in place of the frozen one.
+
+    The dtype to compute in is that of the frozen one.
+    """
+    (lam, gamma, *own), (a, b) = trained, operands
+    return lam, gamma, own[0] if own else a, b, a.dtype
+
+
 def add_update(
     weight: Tensor,
     spec: WeightSpec,
@@ -223,23 +264,27 @@ def add_update(
     gamma: Tensor,
     a: Tensor,
     b: Operator,
+    dtype: torch.dtype,
     *,
     token: int = 0,
 ) -> Tensor:
-    """Return ``W0 + ΔW`` in the shape of ``weight``, differentiable in ``W0``, ``Λ`` and ``Γ``.
+    """Return ``W0 + ΔW`` in the shape of ``weight``, differentiable in ``W0``, ``Λ``, ``Γ``, ``A``.
 
-    ``weight`` is ``W0``, in the shape of the parameter. ``lam`` and ``gamma`` have the shapes of
-    :attr:`WeightUpdate.shapes`. ``a`` and ``b`` are as :meth:`WeightUpdate.operands` returns them,
-    in the dtype to compute in. For ``token``, see :func:`randlora.functional.effective_weight`. The
-    frozen row of the result is equal to that of ``weight``.
+    ``weight`` is ``W0``, in the shape of the parameter. The next arguments are as
+    :meth:`WeightUpdate.factors` returns them. For ``token``, see
+    :func:`randlora.functional.effective_weight`. The frozen row of the result is equal to that of
+    ``weight``.
     """
     matrix = spec.matrix(weight)
     keywords: Any = {"scaling": settings.scaling, "wide": spec.wide, "token": token}
     if spec.stack:
-        slices = zip(matrix.unbind(), lam.unbind(), gamma.unbind(), strict=True)
-        w = torch.stack([effective_weight(w0, la, ga, a, b, **keywords) for w0, la, ga in slices])
+        bases = _each(a, spec.stack)
+        slices = zip(matrix.unbind(), lam.unbind(), gamma.unbind(), bases, strict=True)
+        w = torch.stack(
+            [effective_weight(w0, la, ga, one, b, dtype, **keywords) for w0, la, ga, one in slices]
+        )
     else:
-        w = effective_weight(matrix, lam, gamma, a, b, **keywords)
+        w = effective_weight(matrix, lam, gamma, a, b, dtype, **keywords)
     if spec.frozen_row is not None:
         frozen = torch.arange(len(w), device=w.device) == spec.frozen_row
         w = torch.where(frozen.unsqueeze(1), matrix, w)
@@ -247,22 +292,35 @@ def add_update(
 
 
 def update_matrix(
-    spec: WeightSpec, settings: Settings, lam: Tensor, gamma: Tensor, a: Tensor, b: Operator
+    spec: WeightSpec,
+    settings: Settings,
+    lam: Tensor,
+    gamma: Tensor,
+    a: Tensor,
+    b: Operator,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Return ``ΔW``, differentiable in ``Λ`` and ``Γ``. The arguments are as in :func:`add_update`.
+    """Return ``ΔW``, differentiable in ``Λ``, ``Γ`` and ``A``, which are as in :func:`add_update`.
 
     The shape is ``(out, in)`` or ``(stack, out, in)``, even if the parameter is stored transposed.
     The frozen row is zero.
     """
     keywords: Any = {"scaling": settings.scaling, "wide": spec.out < spec.in_}
     if spec.stack:
-        slices = zip(lam, gamma, strict=True)
-        return torch.stack([delta_weight(la, ga, a, b, **keywords) for la, ga in slices])
-    delta = delta_weight(lam, gamma, a, b, **keywords)
+        slices = zip(lam.unbind(), gamma.unbind(), _each(a, spec.stack), strict=True)
+        parts = [delta_weight(la, ga, one, b, dtype, **keywords) for la, ga, one in slices]
+        return torch.stack(parts)
+    delta = delta_weight(lam, gamma, a, b, dtype, **keywords)
     if spec.frozen_row is not None:
         frozen = torch.arange(len(delta), device=delta.device) == spec.frozen_row
         delta = delta.masked_fill(frozen.unsqueeze(1), 0)
     return delta
+
+
+# shape: a (stack, r, p) or (r, p)
+def _each(a: Tensor, stack: int) -> Sequence[Tensor]:
+    """The ``A`` of each matrix of a stack. A frozen ``A`` is shared by all."""
+    return a.unbind() if a.ndim == 3 else [a] * stack
 
 
 def why_unsupported(module: nn.Module, spec: WeightSpec) -> str | None:

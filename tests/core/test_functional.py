@@ -12,55 +12,64 @@ from randlora import BasisBank, Choice, reference
 from randlora.core.gather import GatherOperator
 from randlora.core.planning import Work, plans
 from randlora.core.update import FactoredUpdate
-from randlora.functional import delta_weight, randlora_linear
+from randlora.functional import delta_weight, effective_weight, randlora_linear
 from tests.support import cases
 from tests.support.cases import assert_close, case
 from tests.support.oracle import EXACT, SHAPES, agree, run
 
 BY_WEIGHT = Choice("weight", "weight", "weight")
-MASKS = {k: list(itertools.product([False, True], repeat=k)) for k in (2, 5)}
+
+
+def masks(k):
+    return list(itertools.product([False, True], repeat=k))
+
+
+# Which of x, weight, bias, Λ, Γ and A need gradients. For A, all or none of the first three do.
+MASKS = [(*mask, False) for mask in masks(5)]
+MASKS += [(*3 * [mask[0]], *mask[1:], True) for mask in masks(3)]
 
 
 @given(cases.cases())
 def test_delta_weight_and_its_gradients_are_the_oracle_s(c):
-    def fast(a, b, lam, gamma):
+    def fast(b, lam, gamma, a):
         return delta_weight(lam, gamma, a, b, scaling=c.scaling, wide=c.wide)
 
-    def slow(a, b, lam, gamma):
+    def slow(b, lam, gamma, a):
         return reference.delta_weight(a, b, lam, gamma, scaling=c.scaling, wide=c.wide)
 
-    agree(c, fast, slow, [c.lam, c.gamma])
+    agree(c, fast, slow, [c.lam, c.gamma, c.a])
 
 
 @given(cases.cases())
 def test_linear_and_all_its_gradients_are_the_oracle_s(c):
-    def fast(a, b, x, weight, bias, lam, gamma):
+    def fast(b, x, weight, bias, lam, gamma, a):
         return randlora_linear(x, weight, bias, lam, gamma, a, b, scaling=c.scaling)
 
-    def slow(a, b, x, weight, bias, lam, gamma):
+    def slow(b, x, weight, bias, lam, gamma, a):
         return reference.linear(x, weight, bias, a, b, lam, gamma, scaling=c.scaling)
 
-    agree(c, fast, slow, [c.x, c.weight, c.bias, c.lam, c.gamma])
+    agree(c, fast, slow, [c.x, c.weight, c.bias, c.lam, c.gamma, c.a])
 
 
 @given(cases.cases(), st.booleans(), st.booleans())
 def test_every_plan_gives_what_the_oracle_gives(c, needs_weight, tiled):
     """For every plan, in one piece or in tiles of columns."""
-    needed = [True, needs_weight, True, True, True]
+    needed = [True, needs_weight, True, True, True, True]
     work = Work(
         tokens=1, p=c.p, q=c.q, m=c.n * c.r, wide=c.wide, needs_weight=needs_weight
     )  # fmt: skip
 
-    def slow(a, b, x, weight, bias, lam, gamma):
+    def slow(b, x, weight, bias, lam, gamma, a):
         return reference.linear(x, weight, bias, a, b, lam, gamma, scaling=c.scaling)
 
-    leaves = [c.x, c.weight, c.bias, c.lam, c.gamma]
+    leaves = [c.x, c.weight, c.bias, c.lam, c.gamma, c.a]
+    (_, operator), (_, dense) = c.operands(), c.bases()
     probe = torch.randn(*c.x.shape[:-1], c.out_features, dtype=torch.float64)
-    want = run(slow, c.bases(), leaves, probe, needed)
-    sizes = run(slow, [t.abs() for t in c.bases()], [t.abs() for t in leaves], probe.abs(), needed)
+    want = run(slow, dense, leaves, probe, needed)
+    sizes = run(slow, dense.abs(), [t.abs() for t in leaves], probe.abs(), needed)
     for plan in plans(work):
 
-        def fast(a, b, x, weight, bias, lam, gamma, plan=plan):
+        def fast(b, x, weight, bias, lam, gamma, a, plan=plan):
             choice = Choice(**asdict(plan))
             return randlora_linear(
                 x, weight, bias, lam, gamma, a, b, scaling=c.scaling, choice=choice
@@ -69,14 +78,14 @@ def test_every_plan_gives_what_the_oracle_gives(c, needs_weight, tiled):
         with pytest.MonkeyPatch.context() as patch:
             if tiled:
                 patch.setattr("randlora.core.update.tile_width", lambda *_: 7)
-            got = run(fast, c.operands(), leaves, probe, needed)
+            got = run(fast, operator, leaves, probe, needed)
         for one, other, size in zip(got, want, sizes, strict=True):
             assert_close(one, other, EXACT, size)
 
 
 @pytest.mark.parametrize("shape", ["tall", "wide"])
 def test_every_plan_can_be_differentiated_twice_while_the_weight_is_trained(shape):
-    inputs = linear_inputs(shape, [True] * 5, bias=True)
+    inputs = linear_inputs(shape, [True] * 6, bias=True)
     out_features, in_features, r = SHAPES[shape]
     p, q = sorted((out_features, in_features))
     m, wide = -(-p // r) * r, out_features < in_features
@@ -84,8 +93,8 @@ def test_every_plan_can_be_differentiated_twice_while_the_weight_is_trained(shap
         choice = Choice(**asdict(plan))
 
         def fn(*inputs, choice=choice):
-            *tensors, a, b, scaling = inputs
-            return randlora_linear(*tensors, a, b, scaling=scaling, choice=choice)
+            *tensors, b, scaling = inputs
+            return randlora_linear(*tensors, b, scaling=scaling, choice=choice)
 
         assert torch.autograd.gradgradcheck(fn, inputs)
 
@@ -99,35 +108,33 @@ def test_every_plan_gives_the_gradients_of_every_mask(shape, tiled, gather, monk
     out_features, in_features, r = SHAPES[shape]
     n = -(-min(out_features, in_features) // r)
     c = case(BasisBank("sparse", seed=3), out_features, in_features, r, n, lead=(2, 3))
-    leaves = [c.x, c.weight, c.bias, c.lam, c.gamma]
+    leaves = [c.x, c.weight, c.bias, c.lam, c.gamma, c.a]
     probe = torch.randn(2, 3, out_features, dtype=torch.float64)
 
-    def slow(a, b, x, weight, bias, lam, gamma):
+    def slow(b, x, weight, bias, lam, gamma, a):
         return reference.linear(x, weight, bias, a, b, lam, gamma, scaling=c.scaling)
 
-    a, b = c.operands()
+    (_, operator), (_, dense) = c.operands(), c.bases()
     if gather:
-        b = GatherOperator(b.entries, b.scale, torch.float64)
-    for mask in MASKS[5]:
+        operator = GatherOperator(operator.entries, operator.scale, torch.float64)
+    for mask in MASKS:
         if not any(mask):
             continue
-        want = run(slow, c.bases(), leaves, probe, mask)
-        sizes = run(
-            slow, [t.abs() for t in c.bases()], [t.abs() for t in leaves], probe.abs(), mask
-        )
+        want = run(slow, dense, leaves, probe, mask)
+        sizes = run(slow, dense.abs(), [t.abs() for t in leaves], probe.abs(), mask)
         work = Work(
             tokens=6, p=c.p, q=c.q, m=n * r, wide=c.wide, needs_input=mask[0],
-            needs_weight=mask[1], needs_parameters=mask[3] or mask[4],
+            needs_weight=mask[1], needs_parameters=any(mask[3:]),
         )  # fmt: skip
         for plan in plans(work):
 
-            def fast(a, b, x, weight, bias, lam, gamma, plan=plan):
+            def fast(b, x, weight, bias, lam, gamma, a, plan=plan):
                 choice = Choice(**asdict(plan))
                 return randlora_linear(
                     x, weight, bias, lam, gamma, a, b, scaling=c.scaling, choice=choice
                 )
 
-            got = run(fast, (a, b), leaves, probe, mask)
+            got = run(fast, operator, leaves, probe, mask)
             for one, other, size in zip(got, want, sizes, strict=True):
                 assert_close(one, other, EXACT, size)
 
@@ -145,19 +152,19 @@ def test_the_knob_bounds_the_tiles(monkeypatch):
 
 @given(cases.cases())
 def test_the_update_alone_is_the_oracle_s(c):
-    def slow(a, b, x, lam, gamma):
+    def slow(b, x, lam, gamma, a):
         delta = reference.delta_weight(a, b, lam, gamma, scaling=c.scaling, wide=c.wide)
         return x @ delta.T
 
     for plan in plans(Work(tokens=1, p=c.p, q=c.q, m=c.n * c.r, wide=c.wide)):
 
-        def fast(a, b, x, lam, gamma, plan=plan):
+        def fast(b, x, lam, gamma, a, plan=plan):
             choice = Choice(**asdict(plan))
             return randlora_linear(
                 x, None, None, lam, gamma, a, b, scaling=c.scaling, choice=choice
             )
 
-        agree(c, fast, slow, [c.x, c.lam, c.gamma])
+        agree(c, fast, slow, [c.x, c.lam, c.gamma, c.a])
 
 
 @pytest.mark.parametrize("tiled", [False, True])
@@ -167,7 +174,7 @@ def test_every_plan_passes_gradgradcheck(shape, kind, tiled, monkeypatch):
     if tiled:
         monkeypatch.setattr("randlora.core.update.tile_width", lambda *_: 2)
     *inputs, b, scaling = linear_inputs(
-        shape, [True, False, True, True, True], bias=True, kind=kind
+        shape, [True, False, True, True, True, True], bias=True, kind=kind
     )
     if kind == "very_sparse":
         b = GatherOperator(b.entries, b.scale, torch.float64)
@@ -178,8 +185,8 @@ def test_every_plan_passes_gradgradcheck(shape, kind, tiled, monkeypatch):
         choice = Choice(**asdict(plan))
 
         def fn(*inputs, choice=choice):
-            *tensors, a, b, scaling = inputs
-            return randlora_linear(*tensors, a, b, scaling=scaling, choice=choice)
+            *tensors, b, scaling = inputs
+            return randlora_linear(*tensors, b, scaling=scaling, choice=choice)
 
         assert torch.autograd.gradcheck(fn, inputs)
         assert torch.autograd.gradgradcheck(fn, inputs, fast_mode=True)  # in a random direction
@@ -189,19 +196,19 @@ def linear_inputs(shape, mask, *, bias, kind="dense"):
     out_features, in_features, r = SHAPES[shape]
     n = -(-min(out_features, in_features) // r)
     c = case(BasisBank(kind, seed=3), out_features, in_features, r, n, lead=(2, 3))
-    tensors = [c.x, c.weight, c.bias if bias else None, c.lam, c.gamma]
+    tensors = [c.x, c.weight, c.bias if bias else None, c.lam, c.gamma, c.a]
     for tensor, needed in zip(tensors, mask, strict=True):
         if tensor is not None:
             tensor.requires_grad_(needed)
-    a, b = c.operands()
-    return (*tensors, a, b, c.scaling)
+    _, b = c.operands()
+    return (*tensors, b, c.scaling)
 
 
 def call(x, weight, bias, lam, gamma, a, b, scaling):
     return randlora_linear(x, weight, bias, lam, gamma, a, b, scaling=scaling)
 
 
-@pytest.mark.parametrize("mask", MASKS[5], ids=str)
+@pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear_passes_gradcheck_for_every_mask(shape, mask):
     if any(mask):
@@ -213,47 +220,51 @@ def test_linear_passes_gradcheck_for_every_mask(shape, mask):
 @pytest.mark.parametrize("kind", cases.KINDS)
 @pytest.mark.parametrize("shape", ["tall", "wide"])
 def test_linear_without_bias_passes_gradcheck_for_every_kind(shape, kind):
-    mask = [True, True, False, True, True]
+    mask = [True, True, False, True, True, True]
     assert torch.autograd.gradcheck(call, linear_inputs(shape, mask, bias=False, kind=kind))
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse", "isometric"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear_can_be_differentiated_twice(shape, kind):
-    inputs = linear_inputs(shape, [True] * 5, bias=True, kind=kind)
+    inputs = linear_inputs(shape, [True] * 6, bias=True, kind=kind)
     assert torch.autograd.gradgradcheck(call, inputs)
 
 
-@pytest.mark.parametrize("mask", MASKS[2], ids=str)
+@pytest.mark.parametrize("mask", masks(3), ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_delta_weight_passes_gradcheck_for_every_mask(shape, mask):
     _, _, _, lam, gamma, a, b, scaling = linear_inputs(shape, [False] * 3 + [*mask], bias=True)
     out_features, in_features, _ = SHAPES[shape]
 
-    def fn(lam, gamma):
+    def fn(lam, gamma, a):
         wide = out_features < in_features
         return delta_weight(lam, gamma, a, b, scaling=scaling, wide=wide)
 
     if any(mask):
-        assert torch.autograd.gradcheck(fn, (lam, gamma))
-        assert torch.autograd.gradgradcheck(fn, (lam, gamma))
+        assert torch.autograd.gradcheck(fn, (lam, gamma, a))
+        assert torch.autograd.gradgradcheck(fn, (lam, gamma, a))
     else:
-        assert not fn(lam, gamma).requires_grad
+        assert not fn(lam, gamma, a).requires_grad
 
 
 @pytest.mark.parametrize(
     ("mask", "expected"),
     [
-        ([False, False, False, True, True], {"x", "lam", "gamma"}),
-        ([True, False, False, True, True], {"x", "weight", "lam", "gamma"}),
-        ([True, False, False, False, False], {"weight", "lam", "gamma"}),
-        ([False, False, True, False, False], {"lam", "gamma"}),
+        ([False, False, False, True, True, False], {"x", "lam", "gamma"}),
+        ([True, False, False, True, True, False], {"x", "weight", "lam", "gamma"}),
+        ([True, False, False, False, False, False], {"weight", "lam", "gamma"}),
+        ([False, False, True, False, False, False], {"lam", "gamma"}),
+        ([False, False, False, False, False, True], {"x", "lam", "gamma", "a"}),
+        ([True, False, False, True, True, True], {"x", "weight", "lam", "gamma", "a"}),
     ],
 )
-def test_only_inputs_are_saved_and_only_the_needed_ones(mask, expected):
+@pytest.mark.parametrize("read", [False, True])
+def test_only_inputs_are_saved_and_only_the_needed_ones(mask, expected, read):
+    """Hooks on saved tensors, of checkpoints for example, see no frozen base."""
     inputs = linear_inputs("tall", mask, bias=True)
-    pointers = [t.data_ptr() for t in inputs[:5]]
-    names = dict(zip(pointers, ["x", "weight", "bias", "lam", "gamma"], strict=True))
+    pointers = [t.data_ptr() for t in inputs[:6]]
+    names = dict(zip(pointers, ["x", "weight", "bias", "lam", "gamma", "a"], strict=True))
     saved = set()
 
     def pack(tensor):
@@ -261,8 +272,16 @@ def test_only_inputs_are_saved_and_only_the_needed_ones(mask, expected):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        call(*inputs)
-    assert saved == expected
+        if read:
+            effective_weight(*inputs[1:2], *inputs[3:7])
+        else:
+            call(*inputs)
+    if not read:
+        assert saved == expected
+    elif any(mask[3:]):
+        assert saved == {"lam", "gamma", *expected} - {"x", "weight"}
+    else:
+        assert not saved
 
 
 @pytest.mark.parametrize("shape", ["tall", "wide"])

@@ -183,24 +183,24 @@ def test_a_checkpoint_may_keep_any_result(shape, kind, policy, tiled, monkeypatc
     out_features, in_features, r = SHAPES[shape]
     n = -(-min(out_features, in_features) // r)
     c = case(BasisBank(kind, seed=3), out_features, in_features, r, n, lead=(2, 3))
-    a, b = c.operands()
+    _, b = c.operands()
     if kind == "very_sparse":
         b = GatherOperator(b.entries, b.scale, torch.float64)
     contexts = partial(create_selective_checkpoint_contexts, POLICIES[policy])
 
-    def read(choice, x, weight, bias, lam, gamma):
+    def read(choice, x, weight, bias, lam, gamma, a):
         return torch.nn.functional.linear(x, effective_weight(weight, lam, gamma, a, b), bias)
 
     def call(choice, *tensors):
-        return randlora_linear(*tensors, a, b, choice=choice)
+        return randlora_linear(*tensors, b, choice=choice)
 
     for choice in EVERY[::3]:
         for way in (read, call):
             leaves = [
                 t.clone().requires_grad_(needed)
                 for t, needed in zip(
-                    (c.x, c.weight, c.bias, c.lam, c.gamma),
-                    (True, False, False, True, True),
+                    (c.x, c.weight, c.bias, c.lam, c.gamma, c.a),
+                    (True, False, False, True, True, True),
                     strict=True,
                 )
             ]

@@ -157,31 +157,38 @@ def addmm(total, one, other, *_, **__):
     return 2 * one[0] * one[1] * other[1]
 
 
-MASKS = [(True, False, False, True), (False, False, False, True), (True, False, False, False)]
+MASKS = [
+    (True, False, False, True, False),
+    (False, False, False, True, False),
+    (True, False, False, False, False),
+    (True, True, True, True, False),
+    (True, False, False, True, True),
+    (True, False, False, False, True),
+]
 
 
-@pytest.mark.parametrize("mask", [*MASKS, (True, True, True, True)], ids=str)
+@pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
 def test_the_kernel_multiplies_as_often_as_the_plan_costs(shape, mask):
     """Compare the cost model with a count of the multiply-adds of a real call."""
     out_features, in_features = shape
     c = cases.case(BasisBank(seed=1), out_features, in_features, 5, 4, lead=(17,))
-    a, b = c.operands()
-    needs = dict(zip(("x", "weight", "bias", "lam"), mask, strict=True))
+    _, b = c.operands()
+    needs = dict(zip(("x", "weight", "bias", "lam", "a"), mask, strict=True))
     leaves = {n: getattr(c, n).detach().clone().requires_grad_(on) for n, on in needs.items()}
     work = Work(
         tokens=17, p=24, q=max(shape), m=20, wide=c.wide,
-        needs_input=mask[0], needs_weight=mask[1], needs_parameters=mask[3],
+        needs_input=mask[0], needs_weight=mask[1], needs_parameters=mask[3] or mask[4],
     )  # fmt: skip
     own = 17 * in_features * out_features * (1 + mask[0])
-    reductions = 20 * 24 * mask[3]  # dΛ, from P
+    reductions = 20 * 24 * (mask[3] + mask[4])  # dΛ and dA, from P
     for plan in plans(work):
         with FlopCounterMode(
             display=False, custom_mapping={torch.ops.aten.addmm_: addmm}
         ) as counter:
             y = randlora_linear(
-                leaves["x"], leaves["weight"], leaves["bias"], leaves["lam"], c.gamma, a, b,
-                choice=Choice(**dataclasses.asdict(plan)),
+                leaves["x"], leaves["weight"], leaves["bias"], leaves["lam"], c.gamma, leaves["a"],
+                b, choice=Choice(**dataclasses.asdict(plan)),
             )  # fmt: skip
             y.sum().backward()
         done = counter.get_total_flops() // 2

@@ -1,5 +1,6 @@
 """Adapter files give the same outputs everywhere, and load completely or not at all."""
 
+import json
 import os
 import subprocess
 import sys
@@ -29,11 +30,18 @@ from tests.support.adapters import (
 )
 from tests.support.rows import shuffled
 
+OWN_A = {"train_a": True}
+GOLDEN = Path(__file__).parents[1] / "golden"
+
 
 @torch.no_grad()
-@pytest.mark.parametrize("basis", ["dense", "sparse", "very_sparse", "isometric"])
-def test_a_plain_model_becomes_the_one_that_was_saved(path, basis):
-    model = trained(basis=basis)
+@pytest.mark.parametrize(
+    "keywords",
+    [*({"basis": kind} for kind in ("dense", "sparse", "very_sparse", "isometric")), OWN_A],
+    ids=str,
+)
+def test_a_plain_model_becomes_the_one_that_was_saved(path, keywords):
+    model = trained(**keywords)
     save_adapter(model, path)
     other = plain()
     assert load_adapter(other, path) is other
@@ -95,7 +103,7 @@ def test_what_it_holds_by_name():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_numbers_are_stored_in_the_dtype_asked_for(path, dtype):
-    model = trained()
+    model = trained(**OWN_A)
     save_adapter(model, path, dtype=dtype)
     other = load_adapter(plain(), path)
     numbers = randlora.adapter_state_dict(model)
@@ -106,11 +114,12 @@ def test_numbers_are_stored_in_the_dtype_asked_for(path, dtype):
         assert tensor.dtype == numbers[name].dtype
 
 
-def test_a_merged_model_saves_and_loads(path):
-    model = randlora.merge(trained())
+@pytest.mark.parametrize("keywords", [{}, OWN_A], ids=str)
+def test_a_merged_model_saves_and_loads(path, keywords):
+    model = randlora.merge(trained(**keywords))
     save_adapter(model, path)
     want = model(TOKENS)
-    other = randlora.merge(inject(plain(), **CHOICES))
+    other = randlora.merge(inject(plain(), **CHOICES, **keywords))
     assert torch.equal(load_adapter(other, path)(TOKENS), want)
 
 
@@ -140,11 +149,38 @@ def test_a_file_of_48_blocks_is_the_numbers_and_little_more(path):
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "adapter.pt"])
 def test_files_written_once_go_on_loading(name):
-    golden = Path(__file__).parents[1] / "golden"
-    model = load_adapter(golden_model(), golden / name)
+    model = load_adapter(golden_model(), GOLDEN / name)
     torch.testing.assert_close(
-        model(torch.linspace(-1, 1, 6)), torch.load(golden / "output.pt"), rtol=1e-6, atol=1e-6
+        model(torch.linspace(-1, 1, 6)), torch.load(GOLDEN / "output.pt"), rtol=1e-6, atol=1e-6
     )
+
+
+def choices(path):
+    """The choices in the header of a .pt file."""
+    return json.loads(torch.load(path, weights_only=True)["randlora"])["choices"]
+
+
+def test_a_file_says_that_a_is_trained_only_where_it_is(tmp_path):
+    """Versions that cannot train A read all other files, and refuse this one."""
+    known = {frozenset(choice) for choice in choices(GOLDEN / "adapter.pt")}
+    save_adapter(trained(), tmp_path / "a.pt")
+    assert {frozenset(choice) for choice in choices(tmp_path / "a.pt")} == known
+    save_adapter(trained(**OWN_A), tmp_path / "b.pt")
+    assert {frozenset(choice) - {"train_a"} for choice in choices(tmp_path / "b.pt")} == known
+    assert all(choice["train_a"] is True for choice in choices(tmp_path / "b.pt"))
+
+
+def test_adapters_with_and_without_an_a_of_their_own_are_saved_from_one_model(tmp_path):
+    model = inject(trained(), adapter="own", **{**CHOICES, **OWN_A})
+    shuffled(model)
+    outputs = {name: set_adapter(model, name)(TOKENS) for name in ("default", "own")}
+    assert not torch.allclose(*outputs.values())
+    other = plain()
+    for name in outputs:
+        save_adapter(model, tmp_path / f"{name}.pt", adapter=name)
+        load_adapter(other, tmp_path / f"{name}.pt", adapter=name)
+    for name, output in outputs.items():
+        assert torch.equal(set_adapter(other, name)(TOKENS), output)
 
 
 def golden_model():
@@ -172,12 +208,14 @@ def test_masks_with_infinities_and_tied_weights_are_trained_in_full(path):
 
 
 def test_numbers_in_double_precision_stay_so(path):
-    model = trained().double()
+    model = trained(**OWN_A).double()
     with torch.no_grad():
-        model.conv.randlora_gamma.add_(1e-12)
+        for parameter in (model.conv.randlora_gamma, model.conv.randlora_a):
+            parameter.add_(1e-12)
     save_adapter(model, path)
     other = load_adapter(plain().double(), path)
     assert other.conv.randlora_gamma.dtype == torch.float64
+    assert other.conv.randlora_a.dtype == torch.float64
     assert torch.equal(other(TOKENS), model(TOKENS))
 
 

@@ -151,6 +151,16 @@ def with_choice(**changes):
     return act
 
 
+def with_own_a(tamper):
+    """Change the file of an adapter that trains A, in place of the given one."""
+
+    def act(path):
+        save_adapter(trained(train_a=True), path)
+        tamper(path)
+
+    return act
+
+
 def without_digest(path):
     contents = checkpoint.read(path)
     header = contents.header()
@@ -158,6 +168,7 @@ def without_digest(path):
     write(path, header, {name: t.contiguous() for name, t in contents.tensors().items()})
 
 
+CONV_A = "randlora.a.conv.weight"
 TAMPERED = {
     "empty": (lambda p: p.write_bytes(b""), FileError, "not a whole file"),
     "truncated": (lambda p: os.truncate(p, p.stat().st_size // 2), FileError, "not a whole file"),
@@ -197,6 +208,47 @@ TAMPERED = {
     "scaling of no number": (with_choice(scaling="x"), FileError, "scaling must be a number"),
     "infinite scaling": (with_choice(scaling=1e999), FileError, "scaling must be finite"),
     "a rank asked for of no number": (with_choice(asked_rank=None), FileError, "asked_rank must"),
+    "a trained A is missing": (
+        with_own_a(rewriting(lambda t: t.pop(CONV_A))),
+        FileError,
+        r"'conv.weight' needs an A of shape \(2, 6\)",
+    ),
+    "a trained A of other sizes": (
+        with_own_a(rewriting(lambda t: t.update({CONV_A: torch.ones(6, 2)}))),
+        FileError,
+        r"'conv.weight' needs an A of shape \(2, 6\)",
+    ),
+    "a trained A of a stack without the stack": (
+        with_own_a(rewriting(lambda t: t.update({"randlora.a.experts.up": torch.ones(2, 8)}))),
+        FileError,
+        r"'experts.up' needs an A of shape \(3, 2, 8\)",
+    ),
+    "a trained A of integers": (
+        with_own_a(rewriting(lambda t: t.update({CONV_A: t[CONV_A].long()}))),
+        FileError,
+        "'conv.weight' needs an A",
+    ),
+    "a trained A with no number": (
+        with_own_a(rewriting(lambda t: t[CONV_A].fill_(torch.nan))),
+        FileError,
+        f"values in '{CONV_A}' that are not finite",
+    ),
+    "a trained A that the settings deny": (
+        rewriting(lambda t: t.update({CONV_A: torch.ones(2, 6)})),
+        FileError,
+        "'conv.weight' needs an A of .* if it trains A, else none",
+    ),
+    "a trained A of no update": (
+        with_own_a(rewriting(lambda t: t.update({"randlora.a.conv1.weight": torch.ones(2, 6)}))),
+        FileError,
+        "'randlora.a.conv1.weight' is the A of no update",
+    ),
+    "settings that promise a trained A": (with_choice(train_a=True), FileError, "needs an A of"),
+    "a train_a of no truth value": (
+        with_choice(train_a=0),
+        FileError,
+        "train_a must be True or False, got 0",
+    ),
     "newer bases": (with_header(bases=2), BasesError, "bases of version 2"),
     "no number": (one_number(float("nan")), FileError, "not finite"),
     "infinite": (one_number(float("inf")), FileError, "not finite"),
@@ -271,6 +323,18 @@ def test_an_adapted_model_must_be_the_files_in_all_but_numbers(path, tamper, err
     load_adapter(plain(), path)  # a plain model is adapted by it
 
 
+@pytest.mark.parametrize("train_a", [False, True])
+def test_an_adapted_model_must_train_a_as_the_file_does(path, train_a):
+    save_adapter(trained(train_a=train_a), path)
+    model = trained(train_a=not train_a)
+    before = snapshot(model)
+    message = f"has train_a={train_a} in the file, but train_a={not train_a} in the model's"
+    with pytest.raises(MismatchError, match=message):
+        load_adapter(model, path)
+    assert same(snapshot(model), before)
+    load_adapter(model, path, adapter="another")
+
+
 def test_an_adapted_model_must_train_the_same_modules_in_full(path):
     with_head, without = trained(), trained(modules_to_save=None)
     for file, model in ((with_head, trained(modules_to_save=None)), (without, trained())):
@@ -330,16 +394,24 @@ def test_what_could_not_be_loaded_is_not_written(path):
     def no_number(model):
         model.head.bias.fill_(torch.nan)
 
+    def huge_a(model):
+        model.conv.randlora_a.fill_(3.4e38)
+
     path.write_text("before")
-    for spoil, message in ((huge, "finite updates"), (no_number, "'head.bias' has some")):
-        model = trained()
+    for spoil, message in (
+        (huge, "finite updates"),
+        (huge_a, "finite updates .* 'conv.weight'"),
+        (no_number, "'head.bias' has some"),
+    ):
+        model = trained(train_a=True)
         with torch.no_grad():
             spoil(model)
         with pytest.raises(ValueError, match=message):
             save_adapter(model, path, dtype=torch.bfloat16)
-    model = nn.ModuleDict({"randlora": nn.ModuleDict({"saved": nn.Linear(3, 3)})})
-    with pytest.raises(ValueError, match=r"no weight called 'randlora\.saved\.weight'"):
-        save_adapter(inject(model, 2), path)
+    for name in ("saved", "a"):
+        model = nn.ModuleDict({"randlora": nn.ModuleDict({name: nn.Linear(3, 3)})})
+        with pytest.raises(ValueError, match=rf"no weight called 'randlora\.{name}\.weight'"):
+            save_adapter(inject(model, 2), path)
     assert path.read_text() == "before"
 
 

@@ -27,14 +27,23 @@ def path(tmp_path):
     return path
 
 
-def test_inspect_says_what_is_there(path, capsys):
+@pytest.mark.parametrize(("train_a", "numbers", "rank"), [(False, 33, 6), (True, 57, 4)])
+def test_inspect_says_what_is_there(path, capsys, train_a, numbers, rank):
+    model = trained(train_a=train_a)
+    if train_a:
+        with torch.no_grad():
+            model.conv.randlora_a[:, :2] = 0  # zero columns of A are zero columns of ΔW
+    randlora.save_adapter(model, path)
     assert main(["inspect", str(path), "--ranks"]) == 0
     out = capsys.readouterr().out
     rows = {line.split("  ")[0]: line for line in out.splitlines()}
     assert rows["attention.in_proj_weight"].split() == [
-        *("attention.in_proj_weight", "24", "x", "8", "3", "3", "1", "33", "0", "8", "of", "8")
+        *("attention.in_proj_weight", "24", "x", "8", "3", "3", "1"),
+        *(str(numbers), "0", "8", "of", "8"),
     ]
-    ranks = {r.name: r.rank for r in rank_report(trained())}
+    ranks = {r.name: r.rank for r in rank_report(model)}
+    assert rows["conv.weight"].endswith(f"{rank} of 6")
+    assert ranks["conv"] == rank
     assert rows["experts.down"].endswith(f"{ranks['experts.down[0]']} of 8")
     assert "bank 0: BasisBank('sparse', seed=5, sparsity=6), digest " in out
     assert "trained in full: norm, head: 46 numbers" in out
@@ -42,7 +51,9 @@ def test_inspect_says_what_is_there(path, capsys):
     assert "rank of update" not in capsys.readouterr().out
 
 
-def test_verify_tells_other_bases(path, capsys):
+@pytest.mark.parametrize("train_a", [False, True])
+def test_verify_tells_other_bases(path, capsys, train_a):
+    randlora.save_adapter(trained(train_a=train_a), path)
     assert main(["verify", str(path)]) == 0
     assert capsys.readouterr().out.startswith("6 updates; BasisBank(")
     with_bank(randlora.BasisBank("sparse", seed=6))(path)
@@ -113,10 +124,14 @@ def assert_same(got, want):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("basis", ["dense", "sparse", "isometric"])
-def test_merge_writes_what_merging_a_model_gives(tmp_path, basis, dtype, layout):
+@pytest.mark.parametrize(
+    "keywords",
+    [{"basis": "dense"}, {"basis": "sparse"}, {"basis": "isometric"}, {"train_a": True}],
+    ids=str,
+)
+def test_merge_writes_what_merging_a_model_gives(tmp_path, keywords, dtype, layout):
     adapter = tmp_path / "adapter.safetensors"
-    randlora.save_adapter(trained(basis=basis), adapter)
+    randlora.save_adapter(trained(**keywords), adapter)
     weights = plain().to(dtype)
     base = save_base(tmp_path, layout, weights.state_dict())
     out = base.with_name(base.name.replace("base", "out"))

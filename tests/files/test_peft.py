@@ -247,9 +247,12 @@ def test_bases_of_other_making_are_kept_as_they_are(tmp_path, suffix):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("train_a", [False, True])
 @pytest.mark.parametrize("kind", FLAGS)
-def test_files_of_this_package_hold_such_adapters(kind, tmp_path):
-    ours = inject(mlp(), 20, basis=kind, seed=2, target_modules=MODELS["mlp"][2][0])
+def test_files_of_this_package_hold_such_adapters(kind, train_a, tmp_path):
+    keywords = {"target_modules": MODELS["mlp"][2][0], "train_a": train_a}
+    ours = inject(mlp(), 20, basis=kind, seed=2, **keywords)
+    assert torch.equal(outputs("mlp", ours), outputs("mlp", mlp()))
     for parameter in adapter_parameters(ours):
         parameter.normal_()
     save_adapter(ours, tmp_path / "file.pt")

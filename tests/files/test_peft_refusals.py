@@ -120,6 +120,10 @@ REFUSED = {
         "of linear layers and Conv1D only.*'conv.weight' in a RandLoRAConv1d",
     ),
     "fewer bases": (lambda: inject(mlp(), 4, num_bases=2, basis="peft"), "ceil.*'tall.weight'"),
+    "a trained A": (
+        lambda: inject(mlp(), 4, basis="peft", train_a=True),
+        "must share a frozen A, .* but 'tall.weight' trains its own",
+    ),
     "a name that ends another's": (
         lambda: inject(copy.copy(nested()), 4, basis="peft", modules_to_save="head"),
         "modules_to_save must be the only ones.*'other_head'",

@@ -10,6 +10,7 @@ from torch import nn
 import randlora
 from randlora import BasisBank, RandLoRALinear, adapter_parameters, inject
 from tests.support import cases
+from tests.support.rows import Experts
 from tests.support.transformer import LAYERS, TOKENS, Block, Model, adapted_layers
 
 SPARSE = BasisBank("sparse", sparsity=5000)
@@ -33,7 +34,7 @@ def same(one, other):
 
 
 def train(model, steps=2):
-    optimiser = torch.optim.AdamW(adapter_parameters(model), lr=1e-2)
+    optimiser = torch.optim.AdamW(adapter_parameters(model), lr=1e-3)
     losses = []
     for _ in range(steps):
         optimiser.zero_grad()
@@ -48,17 +49,19 @@ def train(model, steps=2):
 # --- what a call does ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("own", [(), ("a",)])
 @pytest.mark.parametrize("kind", cases.KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_injection_changes_no_output_bit_and_no_key(kind, dtype):
+def test_injection_changes_no_output_bit_and_no_key(kind, dtype, own):
     model = Model().to(dtype)
     before, keys = model(TOKENS), list(model.state_dict())
-    assert inject(model, rank=3, basis=kind) is model
+    assert inject(model, rank=3, basis=kind, train_a=bool(own)) is model
     assert torch.equal(model(TOKENS), before)
     added = [key for key in model.state_dict() if key not in keys]
     assert [key for key in model.state_dict() if key in keys] == keys
-    assert all(key.endswith(("randlora_lambda", "randlora_gamma")) for key in added)
-    assert len(added) == 2 * len(adapted_layers(model)) + 2  # the gate has two names
+    layers = [*adapted_layers(model), "gate_alias"]  # the gate has two names
+    symbols = ("lambda", "gamma", *own)
+    assert {*added} == {f"{layer}.randlora_{symbol}" for layer in layers for symbol in symbols}
 
 
 def test_everything_but_the_head_is_adapted_by_default():
@@ -127,14 +130,14 @@ def test_adapting_a_subset_gives_the_same_bases(kind):
 
 
 def test_one_bank_serves_the_model():
-    model = inject(Model(), rank=3)
+    model = inject(Model(), rank=3, basis="dense")
     banks = {id(model.get_submodule(name).bank) for name in adapted_layers(model)}
     assert len(banks) == 1
     bank = model.gate.bank
     m = -(-16 // 3) * 3
     assert bank.nbytes == 4 * (3 * 16 + 48 * m)
-    deeper = nn.ModuleList([inject(nn.Sequential(*(Block(16) for _ in range(9))), rank=3)])
-    assert deeper[0][0].mlp[0].bank.nbytes == bank.nbytes
+    deeper = inject(nn.Sequential(*(Block(16) for _ in range(9))), rank=3, basis="dense")
+    assert deeper[0].mlp[0].bank.nbytes == bank.nbytes
 
 
 def test_a_very_sparse_bank_does_not_grow_with_depth():
@@ -171,6 +174,21 @@ def test_names_and_references_to_a_layer_go_on_holding():
     inject(model, rank=3)
     assert gate is model.gate is model.gate_alias
     assert isinstance(gate, RandLoRALinear)
+
+
+def test_each_matrix_of_a_stack_gets_an_a_of_its_own():
+    model = inject(Experts(), 3, target_modules=[], target_parameters=["up"], train_a=True)
+    assert model.up_randlora_a.shape == (3, 3, 8)
+    bank = model._randlora.active_updates["up"].bank
+    assert torch.equal(model.up_randlora_a, bank.a(3, 8).expand(3, 3, 8))
+    assert len(adapter_parameters(model)) == 3
+    with torch.no_grad():
+        model.up_randlora_gamma.normal_()
+        before = model.up - model._parameters["up"]
+        model.up_randlora_a[1].zero_()
+        after = model.up - model._parameters["up"]
+    changed = [not torch.equal(one, other) for one, other in zip(before, after, strict=True)]
+    assert changed == [False, True, False]
 
 
 # --- ranks and scales ----------------------------------------------------------------------------
@@ -229,6 +247,7 @@ def test_integers_of_numpy_are_integers():
         ({"alpha": "6"}, TypeError, "alpha must be a number, got '6'"),
         ({"dropout": 1}, ValueError, r"dropout must be in \[0, 1\), got 1"),
         ({"dropout": -0.5}, ValueError, r"dropout must be in \[0, 1\), got -0.5"),
+        ({"train_a": "yes"}, TypeError, "train_a must be True or False, got 'yes'"),
         ({"num_bases": 0}, ValueError, "num_bases must be at least 1, got 0"),
         ({"num_bases": 7}, ValueError, "num_bases must be at most .* here 6, got 7"),
         ({"target_modules": "q_proj"}, ValueError, "target_modules='q_proj' matches no module"),

@@ -18,9 +18,11 @@ from tests.support.rows import (
 from tests.support.small import adapted
 
 
-@pytest.mark.parametrize("basis", ["dense", "isometric"])
+@pytest.mark.parametrize(
+    ("basis", "train_a"), [("dense", False), ("isometric", False), ("dense", True)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_merging_all_kinds_is_exact_in_every_dtype(dtype, basis):
+def test_merging_all_kinds_is_exact_in_every_dtype(dtype, basis, train_a):
     """After 100 merges and unmerges, all is as before. Merged outputs differ by rounding."""
 
     class Net(nn.Module):
@@ -35,7 +37,8 @@ def test_merging_all_kinds_is_exact_in_every_dtype(dtype, basis):
             return self.x(self.c(h.transpose(1, 2)).transpose(1, 2))
 
     model = Net().to(dtype).eval()
-    inject(model, 3, basis=basis, target_modules=["e", "a", "c"], target_parameters=["up", "down"])
+    targets = {"target_modules": ["e", "a", "c"], "target_parameters": ["up", "down"]}
+    inject(model, 3, alpha=3, basis=basis, train_a=train_a, **targets)
     shuffled(model)
     tokens = torch.arange(6).view(2, 3)
     before = {n: t.clone() for n, t in model.state_dict().items()}
@@ -78,6 +81,16 @@ def test_a_merged_layer_sees_every_weight_it_is_given():
             got = torch.func.functional_call(model, {"0.weight": weight}, (x,))
             torch.testing.assert_close(got, F.linear(x, weight + delta, model[0].bias))
             del weight
+
+
+@pytest.mark.parametrize("name", ["randlora_lambda", "randlora_gamma", "randlora_a"])
+def test_a_merged_layer_sees_all_numbers_it_is_given(name):
+    model, x = randlora.merge(adapted(nn.Linear(8, 8), train_a=True).eval()), torch.randn(3, 8)
+    given = {f"0.{name}": torch.randn(model[0].get_parameter(name).shape)}
+    got = torch.func.functional_call(model, given, (x,))
+    assert not torch.allclose(got, model(x), atol=1e-3)
+    want = torch.func.functional_call(randlora.unmerge(model), given, (x,))
+    torch.testing.assert_close(got, want)
 
 
 def test_a_merged_layer_made_in_inference_mode_computes():

@@ -10,6 +10,7 @@ from randlora import adapter_parameters, inject, set_adapter, unload
 from randlora.model.index import adapted_modules
 from randlora.modules.effective import delta_of
 from tests.support.adapters import TOKENS, Net, plain, same, snapshot
+from tests.support.cases import assert_close
 
 CHOICES = {"rank": 3, "target_parameters": ["up", "down"]}
 
@@ -24,7 +25,7 @@ def several(*alphas, **keywords):
 
 @torch.no_grad()
 def train(model, adapter, seed):
-    """Change ``Λ`` and ``Γ`` of one adapter, as training would."""
+    """Change all that one adapter trains of its updates, as training would."""
     generator = torch.Generator().manual_seed(seed)
     for module in adapted_modules(model).values():
         for update in module._randlora.updates.get(adapter, {}).values():
@@ -48,6 +49,7 @@ OTHERS = {
     "another seed": {"seed": 1},
     "another kind": {"basis": "sparse"},
     "fewer bases": {"num_bases": 1},
+    "an A of its own": {"train_a": True},
     "other layers": {"target_modules": ["embed", "conv"], "target_parameters": ["up"]},
 }
 
@@ -73,8 +75,10 @@ def test_a_sum_of_adapters_is_merged(name):
     assert dict(plain().named_parameters()).keys() == dict(model.named_parameters()).keys()
     for path, parameter in model.named_parameters():
         want = reference.get_parameter(path)
-        # Roundings of a float32 sum of three terms.
-        assert (parameter - want).abs().max() <= 4 * 6e-8 * max(1, want.abs().max()), path
+        # Roundings of float32: of sums of m products, and of their sum, which may cancel.
+        key = tuple(path.rpartition(".")[::2])
+        size = max([1, *(abs(w) * t[key].abs().max() for w, t in terms if key in t)])
+        assert (parameter - want).abs().max() <= 16 * 6e-8 * size, path
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -101,7 +105,7 @@ def test_a_single_adapter_is_scaled_and_transposed_weights_are_merged():
     train(model, "one", seed=1)
     update = deltas(model, "one")["0", "weight"]  # (out, in)
     unload(model, merge={"one": 2.0})
-    torch.testing.assert_close(model[0].weight, (base + 2 * update.T).float(), rtol=1e-6, atol=1e-6)
+    assert_close(model[0].weight.detach(), (base + 2 * update.T).float(), 1e-6)
 
 
 def test_differences_of_what_was_trained_in_full_are_added():

@@ -17,10 +17,10 @@ from tests.support.rows import (
 from tests.support.small import adapted
 
 
-def model():
+def model(**keywords):
     torch.manual_seed(0)
     body = {"up": nn.Linear(8, 20), "down": nn.Linear(20, 8), "head": nn.Linear(8, 3)}
-    return inject(nn.ModuleDict(body), rank=3)
+    return inject(nn.ModuleDict(body), rank=3, **{"basis": "dense", **keywords})
 
 
 def set_delta(monkeypatch, layer, delta):
@@ -42,12 +42,19 @@ def test_summary_holds_the_figures():
     assert found.percentage == pytest.approx(100 * 66 / 441)
 
 
+def test_the_numbers_of_a_trained_a_are_counted():
+    found = summary(model(train_a=True))
+    assert [layer.trained for layer in found.layers] == 2 * [3 * (3 + 8) + 3 * 8]
+    assert found.trained == sum(layer.trained for layer in found.layers)
+    assert found.bank_bytes == summary(model()).bank_bytes  # the frozen A stays
+
+
 def test_summary_prints_a_table():
     assert str(summary(model())) == (
         "layer  out x in  rank  bases  scaling  trained\n"
         "-----  --------  ----  -----  -------  -------\n"
-        "up       20 x 8     3      3        1       33\n"
-        "down     8 x 20     3      3        1       33\n"
+        "up       20 x 8     3      3   9.0211       33\n"
+        "down     8 x 20     3      3  3.60844       33\n"
         "left out: head (output head: the last layer, called 'head')\n"
         "BasisBank('dense', seed=0): 0.00 MiB for 2 layers\n"
         "trained 66 of 441 parameters (14.97 %)"
@@ -123,11 +130,12 @@ def test_plain_models_are_refused(report):
         report(nn.Linear(2, 2))
 
 
-def test_ranks_and_tables_of_all_kinds():
+@pytest.mark.parametrize("train_a", [False, True])
+def test_ranks_and_tables_of_all_kinds(train_a):
     model = nn.ModuleDict(
         {"a": nn.MultiheadAttention(8, 2), "c": nn.Conv1d(5, 6, 3), "x": Experts()}
     )
-    inject(model, rank=4, basis="isometric", target_parameters=["up"])
+    inject(model, rank=4, basis="isometric", target_parameters=["up"], train_a=train_a)
     found = {layer.name: layer for layer in summary(model).layers}
     assert {n: (x.out_features, x.in_features, x.stack) for n, x in found.items()} == {
         "a.in_proj_weight": (24, 8, 0),
@@ -145,11 +153,17 @@ def test_ranks_and_tables_of_all_kinds():
         "c": (6, 6),
         **{f"x.up[{e}]": (8, 8) for e in range(3)},
     }
-    one = next(layer for layer in rank_report(model) if layer.name == "x.up[1]")
-    module, adapter = model["x"], model["x"]._randlora.active_updates["up"]
-    exact = torch.linalg.svdvals(effective.delta_of(module, adapter, torch.float64)[1])
-    assert one.certified
-    torch.testing.assert_close(one.singular_values, exact, rtol=1e-6, atol=1e-6)
+    reports = {layer.name: layer for layer in rank_report(model)}
+    for name, module, parameter in (
+        ("x.up[1]", model["x"], "up"),
+        ("a.in_proj_weight", model["a"], "in_proj_weight"),
+    ):
+        delta = effective.delta_of(
+            module, module._randlora.active_updates[parameter], torch.float64
+        )
+        exact = torch.linalg.svdvals(delta[1] if delta.ndim == 3 else delta)
+        assert reports[name].certified
+        torch.testing.assert_close(reports[name].singular_values, exact, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("basis", ["dense", "isometric"])

@@ -45,7 +45,7 @@ def trained(seed, **keywords):
 
 
 ONE = {"rank": 3}
-TWO = {"rank": 2, "target_modules": ["up", "out_proj"], "alpha": 5}
+TWO = {"rank": 2, "target_modules": ["up", "out_proj"], "alpha": 5, "train_a": True}
 
 
 def both():
@@ -87,8 +87,10 @@ def test_only_the_active_one_is_trained_and_moves():
     assert trained_names == {
         "attention.out_proj.two_randlora_lambda",
         "attention.out_proj.two_randlora_gamma",
+        "attention.out_proj.two_randlora_a",
         "up.two_randlora_lambda",
         "up.two_randlora_gamma",
+        "up.two_randlora_a",
     }
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     model(X).square().mean().backward()

@@ -22,16 +22,16 @@ from tests.support.rows import ROWS, inject, inputs_of, loss_of, make, recompute
 
 
 def by_hand(row, plain, model, numbers):
-    """Λ and Γ as float64 leaves, and the dense ``ΔW`` of each adapted parameter from the oracle."""
+    """Trained numbers as float64 leaves, and the dense ``ΔW`` of each adapted parameter by them."""
     leaves = {n: t.detach().double().requires_grad_() for n, t in numbers.items()}
     replaced = {}
     for name in row.adapted:
         path, _, parameter = f"inner.{name}".rpartition(".")
         module = model.get_submodule(path)
         adapter = module._randlora.updates["default"][parameter]
-        lam, gamma = (leaves[f"{path}.{own}"] for own in adapter.parameter_names)
+        lam, gamma, *own = (leaves[f"{path}.{key}"] for key in adapter.parameter_names)
         r, p, q, m = adapter.sizes
-        a, b = adapter.bank.a(r, p).double(), adapter.bank.b(q, m, torch.float64)
+        b = adapter.bank.b(q, m, torch.float64)
         if row.unreadable:
             shape = row.unreadable(plain.inner).shape
         else:
@@ -40,11 +40,14 @@ def by_hand(row, plain, model, numbers):
         rows, columns = shape[-2:] if stack else (shape[0], shape[1:].numel())
         out, in_ = (columns, rows) if row.transposed else (rows, columns)
 
-        def one(lam, gamma, out=out, in_=in_, a=a, b=b, scaling=adapter.settings.scaling):
+        def one(lam, gamma, a, out=out, in_=in_, b=b, scaling=adapter.settings.scaling):
             return reference.delta_weight(a, b, lam, gamma, scaling=scaling, wide=out < in_)
 
-        pairs = zip(lam, gamma, strict=True) if stack else [(lam, gamma)]
-        deltas = [one(*pair).T if row.transposed else one(*pair) for pair in pairs]
+        if not own:
+            shared = adapter.bank.a(r, p).double()
+            own = [shared.expand(len(lam), r, p) if stack else shared]
+        parts = zip(lam, gamma, *own, strict=True) if stack else [(lam, gamma, *own)]
+        deltas = [one(*part).T if row.transposed else one(*part) for part in parts]
         delta = (torch.stack(deltas) if stack else deltas[0]).view(shape)
         padding = getattr(plain.get_submodule(path), "padding_idx", None)
         if padding is not None:
@@ -122,7 +125,7 @@ def test_the_contract(row):
         assert adapted == {f"inner.{name}" for name in row.adapted}
 
     if row.dtype == torch.float64:
-        model.double()  # Λ and Γ, too
+        model.double()  # Λ, Γ and A, too
     numbers = shuffled(model)
     leaves, deltas = by_hand(row, plain, model, numbers)
     weight = row.unreadable(plain.inner) if row.unreadable else None
@@ -146,7 +149,7 @@ def test_the_contract(row):
                     assert tensor.grad.count_nonzero()
                     assert close(tensor.grad.double(), want_grad.double(), row)
                 tensor.grad = None
-    with clause("only Λ, Γ and the input get gradients"):
+    with clause("only Λ, Γ, a trained A and the input get gradients"):
         assert not any(t.grad is not None for t in model.parameters())
     with clause("the update changes the output"):  # else the clauses above prove nothing
         assert not close(want.detach(), output, row)

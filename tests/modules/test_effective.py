@@ -100,6 +100,8 @@ def test_an_error_within_a_call_leaves_nothing_held():
         "experts",
         "registered",
         "opaque, registered",
+        "linear, wide, A trained",
+        "embedding, A trained",
     ],
 )
 def test_they_compile_as_one_graph(name):
@@ -120,7 +122,13 @@ def test_they_compile_as_one_graph(name):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("name", ["attention", "convolution 2d", "lstm", "experts", "embedding"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("attention", "convolution 2d", "lstm", "experts", "embedding"),
+        *("experts, A trained", "embedding, wide, A trained"),
+    ],
+)
 def test_autocast_computes_in_its_dtype(name):
     row = next(r for r in ROWS if r.name == name)
     inputs = [x.float() if x.is_floating_point() else x for x in row.inputs]

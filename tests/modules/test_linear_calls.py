@@ -1,11 +1,13 @@
 """Calls of a linear layer: plans, dropout, autocast, compilation."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from randlora import BasisBank, Choice, RandLoRALinear
+from randlora import BasisBank, Choice, RandLoRALinear, adapter_parameters
 from tests.support import cases
 from tests.support.small import trained
 
@@ -39,21 +41,24 @@ def test_a_choice_holds_for_a_layer_or_for_all(monkeypatch):
     assert two.plan(2).forward == "weight"
 
 
+@pytest.mark.parametrize(("dtype", "train_a"), [(torch.float32, False), (torch.bfloat16, True)])
 @pytest.mark.parametrize("kind", ["dense", "very_sparse"])
-def test_one_activation_is_kept_and_no_more(kind):
+def test_one_activation_is_kept_and_no_more(kind, dtype, train_a):
+    """A trained A is saved by reference, whatever the dtype of the layer is."""
     for shape, keeps, kept in [
         ((48, 96), "x", 48),
         ((96, 48), "x", 96),
         ((96, 48), "xb", 48),
         ((48, 48), "x", 48),
     ]:
-        layer = RandLoRALinear(*shape, rank=6, bank=BasisBank(kind))
-        x = torch.randn(1000, shape[0], requires_grad=True)
+        keywords = {"dtype": dtype, "rank": 6, "bank": BasisBank(kind), "train_a": train_a}
+        layer = RandLoRALinear(*shape, **keywords)
+        x = torch.randn(1000, shape[0], dtype=dtype, requires_grad=True)
         by_tokens = "activations" if keeps == "xb" else None
         layer.choice = Choice(grad_parameters=by_tokens, keeps=keeps)
-        assert saved_bytes(layer, x) == 4 * 1000 * kept
+        assert saved_bytes(layer, x) == dtype.itemsize * 1000 * kept
         layer.choice = Choice("weight", "weight", by_tokens, keeps, keep_weight=True)
-        assert saved_bytes(layer, x) == 4 * (1000 * kept + shape[0] * shape[1])
+        assert saved_bytes(layer, x) == dtype.itemsize * (1000 * kept + shape[0] * shape[1])
         layer.requires_grad_(False)
         layer.choice = Choice()
         assert saved_bytes(layer, x) == 0
@@ -78,14 +83,14 @@ def test_dropout_is_on_the_input_of_the_update_alone():
 
 
 def test_dropout_keeps_the_gradients():
-    layer = trained(RandLoRALinear(6, 4, rank=2, dropout=0.4)).double()
+    layer = trained(RandLoRALinear(6, 4, rank=2, dropout=0.4, train_a=True)).double()
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
 
-    def fn(x, lam, gamma):
+    def fn(x, lam, gamma, a):
         torch.manual_seed(0)
         return layer(x)
 
-    assert torch.autograd.gradcheck(fn, (x, layer.randlora_lambda, layer.randlora_gamma))
+    assert torch.autograd.gradcheck(fn, (x, *adapter_parameters(layer)))
 
 
 @pytest.mark.parametrize("way", ["weight", "activations"])
@@ -103,6 +108,22 @@ def test_autocast_computes_in_its_dtype_and_rounds_the_weight_once(way):
     assert layer.randlora_gamma.grad.dtype == torch.float32
     exact = layer.weight.sum(0).expand(5, -1)
     cases.assert_close(x.grad, exact.detach(), 8 * torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("way", ["weight", "activations"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_gradient_of_a_trained_a_is_float32_in_low_precision(autocast, way):
+    dtype = torch.float32 if autocast else torch.bfloat16
+    layer = trained(RandLoRALinear(12, 20, rank=4, dtype=dtype, train_a=True))
+    layer.choice = Choice(way, way, way)
+    exact, x = copy.deepcopy(layer).double(), torch.randn(5, 12, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        layer(x).float().sum().backward()
+    exact(x.double()).sum().backward()
+    for got, want in zip(adapter_parameters(layer), adapter_parameters(exact), strict=True):
+        assert got.grad.dtype == torch.float32
+        # x, B, C, the output's gradient and P are rounded, in sums that cancel.
+        cases.assert_close(got.grad.double(), want.grad, 8 * torch.finfo(torch.bfloat16).eps)
 
 
 def test_autocast_leaves_float64_alone():
@@ -167,8 +188,9 @@ def test_compiling_before_the_bases_are_drawn_draws_them():
     assert torch.equal(got, fn(x))
 
 
-def test_torch_func_takes_gradients():
-    layer = trained(RandLoRALinear(12, 20, rank=4)).double()
+@pytest.mark.parametrize("train_a", [False, True])
+def test_torch_func_takes_gradients(train_a):
+    layer = trained(RandLoRALinear(12, 20, rank=4, train_a=train_a)).double()
     x = torch.randn(5, 12, dtype=torch.float64)
     parameters = {n: p.detach() for n, p in layer.named_parameters() if p.requires_grad}
 

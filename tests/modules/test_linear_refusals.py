@@ -28,6 +28,7 @@ from randlora import RandLoRALinear
         ({"rank": 4, "num_bases": 4}, ValueError, r"num_bases must be at most ceil\(12 / 4\) = 3"),
         ({"rank": 4, "num_bases": 1.5}, TypeError, "num_bases must be an integer, got 1.5"),
         ({"rank": 4, "bank": "dense"}, TypeError, "bank must be a BasisBank, got str"),
+        ({"rank": 4, "train_a": 1}, TypeError, "train_a must be True or False, got 1"),
     ],
 )
 def test_bad_arguments_are_refused_and_nothing_is_changed(keywords, error, message):

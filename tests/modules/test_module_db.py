@@ -116,7 +116,9 @@ def bits(model):
 
 
 def adapt(model, inner):
-    return randlora.inject(model, rank=2, target_modules=["inner"] if inner else [r".*|"])
+    """Adapt the module: alone with the shared A, within a model with a trained A of its own."""
+    targets = ["inner"] if inner else [r".*|"]
+    return randlora.inject(model, rank=2, alpha=2, target_modules=targets, train_a=inner)
 
 
 def read(model, name):

@@ -52,14 +52,17 @@ class Case:
     def wide(self) -> bool:
         return self.out_features < self.in_features
 
+    @property
+    def a(self) -> Tensor:
+        return self.bank.a(self.r, self.p).double()
+
     def operands(self, dtype=torch.float64) -> tuple[Tensor, Operator]:
         store = self.bank.store(torch.device("cpu"), dtype)
         return store.operands(self.r, self.p, self.q, self.n * self.r)
 
     def bases(self) -> tuple[Tensor, Tensor]:
         """``A`` and ``B`` as the oracle takes them: read from the bank, dense."""
-        b = self.bank.b(self.q, self.n * self.r, torch.float64)
-        return self.bank.a(self.r, self.p).double(), b
+        return self.a, self.bank.b(self.q, self.n * self.r, torch.float64)
 
 
 def case(bank, out_features, in_features, r, n, *, lead=(7,), scaling=0.7, seed=0) -> Case:

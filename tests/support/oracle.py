@@ -12,21 +12,22 @@ EXACT = 1e-13
 SHAPES = {"tall": (7, 5, 2), "wide": (4, 6, 3), "square": (5, 5, 2), "one": (1, 1, 1)}
 
 
-def run(fn, bases, leaves, probe, needed=None):
+def run(fn, b, leaves, probe, needed=None):
     """The value of ``fn``, and the gradients of the sum of value times probe."""
     needed = needed or [True] * len(leaves)
     leaves = [t.detach().clone().requires_grad_(n) for t, n in zip(leaves, needed, strict=True)]
-    y = fn(*bases, *leaves)
+    y = fn(b, *leaves)
     inputs = [leaf for leaf in leaves if leaf.requires_grad]
     return [y.detach(), *torch.autograd.grad((y * probe).sum(), inputs)]
 
 
 def agree(c, fast, slow, leaves):
-    """Assert that ``fast`` with operators equals the oracle ``slow`` with dense bases."""
-    probe = torch.randn(slow(*c.bases(), *leaves).shape, dtype=torch.float64)
-    got = run(fast, c.operands(), leaves, probe)
-    want = run(slow, c.bases(), leaves, probe)
-    sizes = run(slow, [t.abs() for t in c.bases()], [t.abs() for t in leaves], probe.abs())
+    """Assert that ``fast`` with an operator equals the oracle ``slow`` with a dense ``B``."""
+    (_, operator), (_, b) = c.operands(), c.bases()
+    probe = torch.randn(slow(b, *leaves).shape, dtype=torch.float64)
+    got = run(fast, operator, leaves, probe)
+    want = run(slow, b, leaves, probe)
+    sizes = run(slow, b.abs(), [t.abs() for t in leaves], probe.abs())
     for one, other, size in zip(got, want, sizes, strict=True):
         assert_close(one, other, EXACT, size)
 

@@ -5,7 +5,7 @@ A row is a module in one situation: its inputs, which weights are adapted, and w
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -542,6 +542,27 @@ ROWS = [
     ),
 ]
 
+# Of these there is a second row, in which each update trains an A of its own.
+_TRAIN_A = (
+    *("linear, tall", "linear, wide", "linear, rank of one", "linear, few bases"),
+    *("linear, isometric", "linear, very sparse", "linear, float32"),
+    *("linear that reads its weight", "linear by two names", "linear recomputed in backward"),
+    *("tied embedding, adapted", "attention, no weights", "attention of three sizes"),
+    *("encoder layer", "convolution 1d, wide", "convolution 2d, channels last"),
+    *("transposed convolution 2d, groups", "embedding", "embedding, many tokens"),
+    *("embedding, wide", "embedding, padded", "embedding, isometric"),
+    *("lstm", "lstm, projected", "gru cell"),
+    *("conv1d of transformers, tall", "conv1d of transformers, wide", "registered"),
+    *("experts", "experts, one of two", "opaque, registered", "opaque, torch.ao dynamic int8"),
+)
+_NAMED = {row.name: row for row in ROWS}
+ROWS += [
+    replace(
+        _NAMED[name], name=f"{name}, A trained", keywords={**_NAMED[name].keywords, "train_a": True}
+    )
+    for name in _TRAIN_A
+]
+
 
 # --- the test ------------------------------------------------------------------------------------
 
@@ -575,11 +596,11 @@ def embeddings(model):
 
 
 def shuffled(model):
-    """Fill every Λ and Γ with random numbers, and return these parameters by name."""
+    """Fill all that updates train with random numbers, and return these parameters by name."""
     generator = torch.Generator().manual_seed(2)
     numbers = {}
     for name, parameter in model.named_parameters():
-        if name.endswith(("randlora_lambda", "randlora_gamma")):
+        if name.endswith(("randlora_lambda", "randlora_gamma", "randlora_a")):
             with torch.no_grad():
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
             numbers[name] = parameter

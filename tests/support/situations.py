@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -66,6 +66,10 @@ ROWS = {
     "registered": Row(lambda: Kernel(8, 12), reads=True),
     "experts": Row(Experts, keywords={"target_parameters": [r".*\bup", r".*\bdown"]}, reads=True),
     "opaque": Row(lambda: Opaque(8, 12)),
+}
+ROWS |= {
+    f"{name}, A trained": replace(ROWS[name], keywords={**ROWS[name].keywords, "train_a": True})
+    for name in ("tall", "isometric, wide", "embedding", "experts", "opaque")
 }
 rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 with_gradients = pytest.mark.parametrize(
