@@ -141,9 +141,9 @@ def full(model: nn.Module, case: Case) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def ours(basis: str, choice: Choice | None = None) -> Prepare:
+def ours(basis: str, choice: Choice | None = None, *, train_a: bool = False) -> Prepare:
     def prepare(model: nn.Module, case: Case) -> nn.Module:
-        randlora.inject(model, case.rank, basis=basis)
+        randlora.inject(model, case.rank, basis=basis, train_a=train_a)
         for layer in model.modules():
             if isinstance(layer, randlora.RandLoRALinear):
                 nn.init.normal_(layer.randlora_gamma, std=1e-2)
@@ -182,6 +182,7 @@ METHODS: dict[str, Prepare] = {
     "sparse": ours("sparse"),
     "very sparse": ours("very_sparse"),
     "isometric": ours("isometric"),
+    "isometric, A trained": ours("isometric", train_a=True),
 }
 
 
@@ -201,18 +202,19 @@ def check(model: nn.Module, case: Case) -> None:
         layer.choice = Choice(**dataclasses.asdict(plan))
         x = torch.randn(64, layer.in_features).to(case.dtype)
         probe = torch.randn(64, layer.out_features).to(case.dtype)
-        lam, gamma = layer.randlora_lambda, layer.randlora_gamma
         r, p, q, m = layer.weight_update.sizes
         a, b = layer.bank.a(r, p).double(), layer.bank.b(q, m).double()
-        got = [x, lam, gamma]
+        got = [x, *layer.weight_update.parameters(layer)]
         want = [t.detach().double() for t in got]
         for leaf in (x, *want):
             leaf.requires_grad_()
         y = layer(x)
         layer.choice = given
         bias = None if layer.bias is None else layer.bias.double()
+        exact_x, lam, gamma, *own = want
+        a = own[0] if own else a
         exact = reference.linear(
-            want[0], layer.base_weight.double(), bias, a, b, *want[1:], scaling=layer.scaling
+            exact_x, layer.base_weight.double(), bias, a, b, lam, gamma, scaling=layer.scaling
         )
         grads = torch.autograd.grad((y * probe).sum(), got)
         exacts = torch.autograd.grad((exact * probe.double()).sum(), want)

@@ -38,9 +38,9 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
 
     (paper, equation 4); if ``out < in``, the sum is transposed. With ``p = min(out, in)``,
     ``q = max(out, in)`` and ``n = ceil(p / r)``, only ``Λ`` (``randlora_lambda``, shape ``(n, r)``)
-    and ``Γ`` (``randlora_gamma``, shape ``(n, p)``) are trained, and ``A`` if ``train_a``. These are
-    ``n (r + p)`` numbers, fewer for a larger rank, and ``r p`` for ``A``. They are created in
-    float32 whatever the dtype of the weight; only ``layer.to(dtype)`` changes that.
+    and ``Γ`` (``randlora_gamma``, shape ``(n, p)``) are trained: ``n (r + p)`` numbers, fewer for a
+    larger rank. They are created in float32 whatever the dtype of the weight; only
+    ``layer.to(dtype)`` changes that.
 
     **Initialisation.** ``Γ = 0`` and ``Λ = 1``, so ``ΔW = 0`` exactly, and the first optimiser step
     can make ``ΔW`` full rank if the batch has at least ``p`` tokens (proofs: ``docs/theorem.md``).
