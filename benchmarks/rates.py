@@ -52,6 +52,15 @@ import randlora
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+# Before: the scaling and the start of earlier versions. The initial Λ, at the same first step.
+VARIANTS: dict[str, dict[str, float]] = {
+    "default": {},
+    "before": {},
+    "lambda 0.1": {"lambda": 0.1},
+    "lambda 10": {"lambda": 10.0},
+    "decay 0": {"decay": 0.0},
+    "decay 0.1": {"decay": 0.1},
+}
 UNSEEN = "validation", "test"  # splits of the digits
 CLASSES = 45  # the lexicographer files of WordNet
 TOKENS = 24  # glosses are cut to as many
@@ -66,7 +75,7 @@ class Run:
     method: str = "isometric"  # a kind of bases; or lora, rslora, full
     rank: int = 8
     train_a: bool = False
-    scaling: str = "default"  # before: that of version 0.1; else a number, the factor of ΔW
+    variant: str = "default"  # or another start, scaling or weight decay, see VARIANTS
     rate: float = 1e-3
     seed: int = 0
 
@@ -91,35 +100,42 @@ def adapt(model: nn.Module, run: Run) -> None:
         )
         inject_adapter_in_model(config, model)
     else:
-        before = run.scaling == "before"
-        factor = None if run.scaling == "default" else 1.0 if before else float(run.scaling)
         randlora.inject(
             model,
             run.rank,
             target_modules=names,
             basis=run.method,
-            alpha=None if factor is None else factor * run.rank,
             train_a=run.train_a,
             seed=run.seed,
             modules_to_save=[],
         )
-        for layer in layers if before else ():
-            nn.init.constant_(layer.randlora_lambda, 1 / math.sqrt(layer.num_bases * layer.rank))
+        for layer in layers:
+            start(layer, run.variant)
 
 
-def train(model: nn.Module, losses: Iterator[Tensor], steps: int, rate: float) -> list[float]:
-    """AdamW with the schedule of finetune.py; return the losses."""
+def start(layer: randlora.RandLoRALinear, variant: str) -> None:
+    """Set the scaling and the initial Λ of a variant; but before, their product is the default."""
+    update = layer.weight_update
+    if variant == "before":
+        scaling, initial = 1.0, 1 / math.sqrt(layer.num_bases * layer.rank)
+    else:
+        initial = VARIANTS[variant].get("lambda", 1.0)
+        scaling = layer.scaling / initial
+    update.settings = replace(update.settings, scaling=scaling)
+    nn.init.constant_(layer.randlora_lambda, initial)
+
+
+def train(model: nn.Module, losses: Iterator[Tensor], steps: int, run: Run) -> None:
+    """AdamW with the schedule of finetune.py: the rate rises for 30 % of the steps, then falls."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
-    history = []
+    decay = VARIANTS[run.variant].get("decay", 0.01)
+    optimiser = torch.optim.AdamW(parameters, lr=run.rate, weight_decay=decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, run.rate, total_steps=steps)
     for loss in losses:
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
-        history.append(loss.item())
-    return history
 
 
 # --- the tasks -----------------------------------------------------------------------------------
@@ -221,7 +237,7 @@ def classify(run: Run, steps: int, random: bool) -> tuple[nn.Module, float]:
             right.append((logits.argmax(1) == labels).double().mean().item())
             yield F.cross_entropy(logits, labels)
 
-    train(model, losses(), steps, run.rate)
+    train(model, losses(), steps, run)
     if random:
         return model, statistics.fmean(right[-steps // 4 :])
     with torch.inference_mode():
@@ -259,7 +275,7 @@ def language(run: Run, steps: int) -> tuple[nn.Module, float]:
         return model(input_ids=tokens, attention_mask=mask, labels=labels, use_cache=False).loss
 
     batches = (range(tested + 8 * step, tested + 8 * step + 8) for step in range(steps))
-    train(model, map(loss, batches), steps, run.rate)
+    train(model, map(loss, batches), steps, run)
     with torch.inference_mode():
         losses = [loss(range(at, at + 50)).item() for at in range(0, tested, 50)]
     return model, -statistics.fmean(losses)
@@ -271,7 +287,8 @@ def pretrained(width: int, seed: int) -> tuple[nn.Module, dict[str, finetune.Spl
     data = finetune.load(seed, None)
     torch.manual_seed(seed)
     model = finetune.VisionTransformer(width, depth=2)
-    train(model, image_losses(model, data["train"], 400, seed), 400, 2e-3 * 96 / width)
+    images = image_losses(model, data["train"], 400, seed)
+    train(model, images, 400, Run("digits", width, rate=2e-3 * 96 / width))
     return model, {name: finetune.permuted(split, seed) for name, split in data.items()}
 
 
@@ -288,7 +305,7 @@ def digits(run: Run, steps: int) -> tuple[nn.Module, float]:
     model = copy.deepcopy(start)
     adapt(model, run)
     model.head.requires_grad_(True)
-    train(model, image_losses(model, data["train"], steps, run.seed), steps, run.rate)
+    train(model, image_losses(model, data["train"], steps, run.seed), steps, run)
     both = [(finetune.accuracy(model, data[name]), len(data[name].labels)) for name in UNSEEN]
     return model, sum(score * count for score, count in both) / sum(count for _, count in both)
 
@@ -326,10 +343,10 @@ def grid(name: str, seed: int) -> Iterator[Run]:
     """The runs of a grid, from one seed."""
     small = Run("digits", 128, seed=seed)
     if name == "width":
-        yield from crossed(small, width=WIDTHS, scaling=RULES, rate=RATES)
+        yield from crossed(small, width=WIDTHS, variant=RULES, rate=RATES)
         yield from crossed(replace(small, width=1024), rate=RATES[1:4])
     elif name == "rank":
-        yield from crossed(small, rank=RANKS, scaling=RULES, rate=RATES)
+        yield from crossed(small, rank=RANKS, variant=RULES, rate=RATES)
     elif name == "kind":
         yield from crossed(small, method=KINDS, rate=RATES)
     elif name == "text":
@@ -337,6 +354,10 @@ def grid(name: str, seed: int) -> Iterator[Run]:
             one = Run(task, rank=rank, seed=seed)
             yield from crossed(one, rate=RATES[1:4])
             yield from crossed(replace(one, method="lora", rank=16), rate=RATES[2:4])
+    elif name == "start":
+        for one in (small, *(Run(task, rank=rank, seed=seed) for task, rank in TEXT_RANKS.items())):
+            if one.task != "language":
+                yield from crossed(one, variant=[v for v in VARIANTS if v != "before"])
     elif name == "train_a":
         for task, rank in TEXT_RANKS.items():
             yield Run(task, rank=rank, seed=seed)
@@ -346,7 +367,7 @@ def grid(name: str, seed: int) -> Iterator[Run]:
             yield from crossed(Run(task, rank=rank, seed=seed), method=("isometric", "dense"))
 
 
-GRIDS = ("width", "rank", "kind", "text", "train_a", "basis")
+GRIDS = ("width", "rank", "kind", "text", "start", "train_a", "basis")
 
 
 def perform(run: Run) -> dict[str, Any]:
@@ -419,7 +440,7 @@ def picture(rows: Table, path: Path) -> None:
     figure, axes = plt.subplots(2, len(maps), figsize=(14, 6.5), layout="constrained")
     for row, rule in enumerate(reversed(RULES)):
         for column, (name, values, one, title) in enumerate(maps):
-            one = replace(one, scaling=rule)
+            one = replace(one, variant=rule)
             runs = [[replace(one, **{name: v, "rate": rate}) for rate in RATES] for v in values]
             scores = np.array(
                 [[100 * found[r][0] if r in found else np.nan for r in line] for line in runs]
@@ -449,7 +470,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[0], dest="seeds")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a process each")
     parser.add_argument("--csv", type=Path, default=Path(__file__).with_suffix(".csv"))
-    parser.add_argument("--picture", type=Path, help="draw the rows of the file")
+    parser.add_argument("--picture", type=Path, help="draw the rows that the file has")
     options = parser.parse_args()
     done = read(options.csv)
     wanted = dict.fromkeys(

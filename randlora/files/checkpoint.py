@@ -84,7 +84,7 @@ def save_adapter(
 ) -> None:
     """Write an adapter to a file. An existing file is replaced after the new one is complete.
 
-    The file holds everything that training the adapter changed: ``Λ``, ``Γ``, the
+    The file holds everything that training the adapter changed: ``Λ``, ``Γ``, a trained ``A``, the
     ``modules_to_save``, and buffers that moved, such as the statistics of a BatchNorm.
 
     Args:

@@ -47,10 +47,10 @@ def inject(
 
     Right after the call the model computes bit for bit what it did with frozen weights. The names
     in its ``state_dict`` stay; new ones are added for the adapter. Only the adapter is trained:
-    ``Λ`` and ``Γ`` of each adapted weight, and the parameters of ``modules_to_save``. An error
+    ``Λ`` and ``Γ`` of each adapted weight (``A`` with ``train_a``), and ``modules_to_save``. An error
     leaves the model as it was.
 
-    **An adapter is everything that its training changes**: ``Λ`` and ``Γ``, the
+    **An adapter is everything that its training changes**: ``Λ``, ``Γ``, a trained ``A``, the
     ``modules_to_save``, and buffers that training moves, such as the statistics of a BatchNorm.
     Each adapter has its own copies of the parameters in ``modules_to_save`` and of such buffers.
     ``model.head.weight`` is then the copy of the active adapter, and the original keeps its name in

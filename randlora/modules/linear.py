@@ -296,7 +296,7 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
         dropout = f", dropout={settings.dropout:g}" if settings.dropout else ""
         return (
             f"{super().extra_repr()}, rank={settings.rank}, num_bases={settings.num_bases}, "
-            f"scaling={settings.scaling:g}{dropout}"
+            f"scaling={settings.scaling:g}{dropout}{', train_a=True' * settings.train_a}"
         )
 
 

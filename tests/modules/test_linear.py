@@ -49,10 +49,10 @@ def test_it_is_made_and_used_like_a_linear(in_features, out_features, bias):
 
 
 def test_the_line_of_the_layer_says_what_it_is():
-    layer = RandLoRALinear(12, 20, rank=5, alpha=10, dropout=0.1)
+    layer = RandLoRALinear(12, 20, rank=5, alpha=10, dropout=0.1, train_a=True)
     assert repr(layer) == (
         "RandLoRALinear(in_features=12, out_features=20, bias=True, rank=5, num_bases=3, "
-        "scaling=2, dropout=0.1)"
+        "scaling=2, dropout=0.1, train_a=True)"
     )
 
 
