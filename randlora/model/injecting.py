@@ -47,8 +47,8 @@ def inject(
 
     Right after the call the model computes bit for bit what it did with frozen weights. The names
     in its ``state_dict`` stay; new ones are added for the adapter. Only the adapter is trained:
-    ``Λ`` and ``Γ`` of each adapted weight (``A`` with ``train_a``), and ``modules_to_save``. An error
-    leaves the model as it was.
+    ``Λ``, ``Γ`` and with ``train_a`` ``A`` of each adapted weight, and ``modules_to_save``. An
+    error leaves the model as it was.
 
     **An adapter is everything that its training changes**: ``Λ``, ``Γ``, a trained ``A``, the
     ``modules_to_save``, and buffers that training moves, such as the statistics of a BatchNorm.
