@@ -429,39 +429,37 @@ def table(rows: Table, wanted: Iterable[Run]) -> str:
 
 
 def picture(rows: Table, path: Path) -> None:
-    """Heat maps: rate by width and by rank, before and after, in points below the best rate."""
+    """Heat maps: rate by width, rank and kind, before and after, in points below the best rate."""
     found = means(rows)
-    start = Run("digits", 128)
     maps = [
-        ("width", [*WIDTHS, 1024], start, "width, at rank 8"),
-        ("rank", list(RANKS), start, "rank, at width 128"),
-        ("method", list(KINDS), start, "kind, at width 128 and rank 8"),
+        ("width", [*WIDTHS, 1024], "width, at rank 8"),
+        ("rank", RANKS, "rank, at width 128"),
+        ("method", KINDS, "kind, at width 128 and rank 8"),
     ]
+    titles = {"before": "scaling 1, Λ = 1/√m at the start (before)", "default": "the defaults"}
     figure, axes = plt.subplots(2, len(maps), figsize=(14, 6.5), layout="constrained")
-    for row, rule in enumerate(reversed(RULES)):
-        for column, (name, values, one, title) in enumerate(maps):
-            one = replace(one, variant=rule)
-            runs = [[replace(one, **{name: v, "rate": rate}) for rate in RATES] for v in values]
-            scores = np.array(
-                [[100 * found[r][0] if r in found else np.nan for r in line] for line in runs]
-            )
-            panel = axes[row, column]
-            if np.isnan(scores).all():
+    for row, (variant, title) in enumerate(titles.items()):
+        for panel, (name, values, label) in zip(axes[row], maps, strict=True):
+            lines = {}
+            for value in values:
+                one = replace(Run("digits", 128, variant=variant), **{name: value})
+                scores = [found.get(replace(one, rate=rate), (math.nan,))[0] for rate in RATES]
+                if not all(map(math.isnan, scores)):
+                    lines[str(value)] = 100 * (np.array(scores) - np.nanmax(scores))
+            if len(lines) < 2:
                 panel.axis("off")
                 continue
-            with np.errstate(all="ignore"):
-                below = scores - np.nanmax(scores, axis=1, keepdims=True)
+            below = np.array(list(lines.values()))
             panel.imshow(below, vmin=-10, vmax=0, aspect="auto", cmap="viridis")
             for (y, x), value in np.ndenumerate(below):
                 if not math.isnan(value):
                     color = "white" if value < -5 else "black"
                     panel.text(x, y, f"{value:.1f}", ha="center", va="center", color=color)
             panel.set_xticks(range(len(RATES)), [f"{rate:g}" for rate in RATES])
-            panel.set_yticks(range(len(values)), [str(v) for v in values])
-            when = {"before": "scaling 1, Λ = 1/√m (before)", "default": "the default scaling"}
-            panel.set(title=f"{when[rule]}", xlabel="rate of AdamW", ylabel=title)
+            panel.set_yticks(range(len(lines)), list(lines))
+            panel.set(title=title, xlabel="rate of AdamW", ylabel=label)
     figure.suptitle("Accuracy on digits with permuted pixels, in points below the best rate")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ With ``p = min(out, in)``, ``q = max(out, in)``, rank ``r`` and ``n`` bases, all
     gamma    ``Γ``, shape ``(n, p)``, in the dtype of ``lam``
     a        ``A``, shape ``(r, p)``
     b        ``B``, an operator of shape ``(q, n·r)``
-    dtype    that of the computation and of the result, by default the one of ``a``; a trained ``a``
-             may be wider
+    dtype    that of the computation, of ``b`` and of the result, by default the one of ``a``; a
+             trained ``a`` may be wider
     scaling  the factor of the update
 
 The equations are in :mod:`randlora.core.kernel`.
@@ -50,8 +50,8 @@ def delta_weight(
         ValueError: if the shapes do not fit each other.
     """
     with _sizes_as_numbers():
+        dtype = _dtype_or_default(dtype, a)
         _check_shapes(lam, gamma, a, b)
-        dtype = a.dtype if dtype is None else dtype
         delta: Tensor = _run(EffectiveWeight, None, lam, gamma, a, b, dtype, scaling, wide, 0)
     return delta
 
@@ -85,9 +85,9 @@ def effective_weight(
     """
     with _sizes_as_numbers():
         _check_shapes(lam, gamma, a, b)
+        dtype = _dtype_or_default(dtype, a)
         _check_weight(weight, gamma, b)
         wide = weight.shape[0] < weight.shape[1] if wide is None else wide
-        dtype = a.dtype if dtype is None else dtype
         w: Tensor = _run(EffectiveWeight, weight, lam, gamma, a, b, dtype, scaling, wide, token)
     return w
 
@@ -130,6 +130,7 @@ def randlora_linear(
     """
     if not isinstance(choice, Choice):
         raise TypeError(f"choice must be a planning.Choice, got {type(choice).__name__}")
+    dtype = _dtype_or_default(dtype, a)
     if _tracing():
         # Through the weight, for any number of tokens.
         if weight is not None:
@@ -148,7 +149,7 @@ def randlora_linear(
     else:
         _check_weight(weight, gamma, b)
         in_features = weight.shape[1]
-    check_input(x, in_features, a.dtype if dtype is None else dtype)
+    check_input(x, in_features, dtype)
     wide = in_features > p
     tokens = x.numel() // in_features
     grad_enabled = torch.is_grad_enabled()
@@ -211,6 +212,14 @@ def _sizes_as_numbers() -> AbstractContextManager[Any]:
     if not _tracing():
         return nullcontext()
     return warnings.catch_warnings(action="ignore", category=TracerWarning, record=False)
+
+
+def _dtype_or_default(dtype: torch.dtype | None, a: Tensor) -> torch.dtype:
+    if dtype is None:
+        return a.dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating torch.dtype, got {dtype!r}")
+    return dtype
 
 
 def check_input(x: Tensor, in_features: int, dtype: torch.dtype) -> None:

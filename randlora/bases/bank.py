@@ -206,13 +206,13 @@ class BasisBank:
         """
         return 1.0, 0.0
 
-    def default_scaling(self, in_: int, n: int) -> float:
-        """The factor of ``ΔW`` for a layer with ``in_`` inputs and ``n`` bases.
+    def default_scaling(self, out: int, in_: int, n: int) -> float:
+        """The factor of ``ΔW`` for a weight ``out × in`` and ``n`` bases.
 
-        With it, a step of AdamW at the rate 1e-3 changes an output of the layer by at most a tenth
-        of the root mean square of its inputs, for every size, rank and kind (``docs/rates.md``).
+        With it, the first step of AdamW at the rate 1e-3 moves ``ΔW`` by about a tenth in the
+        spectral norm, for every size and rank (``docs/rates.md``).
         """
-        return STRENGTH / (in_ * math.sqrt(n))
+        return STRENGTH / math.sqrt(out * in_ * n)
 
     def digest(self, sizes: Iterable[tuple[int, int, int, int]]) -> str:
         """A SHA-256, in hexadecimal, of the entries that layers of sizes ``(r, p, q, m)`` use.

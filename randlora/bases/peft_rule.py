@@ -125,8 +125,8 @@ class PeftBank(BasisBank):
         """The values that fill ``Λ`` and ``Γ`` at injection. PEFT starts with ``Λ = 0``."""
         return 0.0, 1 / max(n, p)
 
-    def default_scaling(self, in_: int, n: int) -> float:
-        """The factor of ``ΔW``: PEFT's own default, an alpha of 640 for rank 32."""
+    def default_scaling(self, out: int, in_: int, n: int) -> float:
+        """The factor of ``ΔW`` in PEFT's default configuration: an alpha of 640, a rank of 32."""
         return 20.0
 
     def reserve(self, r: int, p: int, q: int, m: int) -> None:

@@ -16,7 +16,7 @@ from randlora.core.checks import as_positive_int, as_real
 from randlora.files.errors import BaseModelError, BasesError
 from randlora.modules.weight_update import Settings, WeightSpec
 
-FORMAT = 1
+FORMATS = 1, 2  # 2: with a trained A
 SAMPLES = 8  # entries of each base weight, by which another base model is noticed
 
 # Names of tensors in a file: the samples, entries of PEFT's bases, copies of other tensors, trained
@@ -98,7 +98,7 @@ class AdapterData:
                 choices.append(choice)
             places.append(choices.index(choice))
         return {
-            "format": FORMAT,
+            "format": FORMATS[bool(self.trained_a)],
             "version": self.version,
             "banks": [
                 {**b.recipe, "digest": d} for b, d in zip(self.banks, self.digests, strict=True)

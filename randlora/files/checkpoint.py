@@ -1,10 +1,11 @@
-"""Save an adapter to a file and load it: format 1.
+"""Save an adapter to a file and load it: format 1, or 2 with a trained ``A``.
 
-A file has one tensor for each adapted weight, ``Λ`` and ``Γ`` side by side, ``(n, r + p)``; the
-adapter's copies of other parameters and buffers; a few entries of each base weight, by which
-another base model is noticed; and a header: the format, the settings of each update, the recipe and
-a digest of each bank, and a checksum of everything. The bases are not stored. They are drawn again,
-which :mod:`randlora.bases.streams` makes reproducible, and compared with the digest.
+A file has one tensor for each adapted weight, ``Λ`` and ``Γ`` side by side, ``(n, r + p)``, and
+its ``A`` if that is trained; the adapter's copies of other parameters and buffers; a few entries of
+each base weight, by which another base model is noticed; and a header: the format, the settings of
+each update, the recipe and a digest of each bank, and a checksum of everything. The shared bases
+are not stored. They are drawn again, which :mod:`randlora.bases.streams` makes reproducible, and
+compared with the digest.
 
 Reading executes no code from the file (safetensors, or ``torch.load`` with ``weights_only``). A
 model is changed only after everything was checked.
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora.bases.streams import FORMAT_VERSION
-from randlora.files.adapter_data import FORMAT, SAVED_PREFIX, AdapterData
+from randlora.files.adapter_data import FORMATS, SAVED_PREFIX, AdapterData
 from randlora.files.collecting import collect
 from randlora.files.errors import (
     BaseModelError,
@@ -152,8 +153,9 @@ def read(path: str | os.PathLike[str]) -> AdapterData:
         raise FileError(
             f"{str(target)!r} is not a whole file of randlora.save_adapter: {error}"
         ) from error
-    if known != FORMAT:
-        raise FileError(f"{str(target)!r} is of format {known!r}; this version reads {FORMAT}")
+    if known not in FORMATS:
+        readable = " and ".join(map(str, FORMATS))
+        raise FileError(f"{str(target)!r} is of format {known!r}; this version reads {readable}")
     try:
         checksum = header.pop("checksum")
         whole = checksum == _checksum(header, tensors)

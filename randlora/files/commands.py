@@ -82,7 +82,7 @@ def inspect(path: str, *, ranks: bool = False) -> None:
                 str(settings.rank),
                 str(settings.num_bases),
                 f"{settings.scaling:g}",
-                f"{sum(tensor.numel() for tensor in data.trained(name)):,}",
+                f"{sum(t.numel() for t in data.trained(name)):,}" + " with A" * settings.train_a,
                 str(place),
                 *([_ranks(data, name)] if ranks else []),
             )

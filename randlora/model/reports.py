@@ -35,6 +35,7 @@ class LayerSummary:
     asked_rank: int  # the rank given to `inject`, which lowers it to min(out, in)
     num_bases: int
     scaling: float
+    train_a: bool  # whether it has an `A` of its own, which is trained
     trained: int
     plan: Plan | None  # None without `tokens`, and for modules that read W0 + ΔW
 
@@ -66,7 +67,7 @@ class Summary:
                 str(layer.rank) + f" (of {layer.asked_rank})" * (layer.rank < layer.asked_rank),
                 str(layer.num_bases),
                 f"{layer.scaling:g}",
-                f"{layer.trained:,}",
+                f"{layer.trained:,}" + " with A" * layer.train_a,
                 *([_describe(layer.plan)] if planned else []),
             )
             for layer in self.layers
@@ -168,6 +169,7 @@ def summary(model: nn.Module, tokens: int | None = None) -> Summary:
                 asked_rank=update.settings.asked_rank,
                 num_bases=update.settings.num_bases,
                 scaling=update.settings.scaling,
+                train_a=update.settings.train_a,
                 trained=update.trained,
                 plan=_plan(module, update, tokens),
             )

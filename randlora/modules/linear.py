@@ -38,15 +38,15 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
 
     (paper, equation 4); if ``out < in``, the sum is transposed. With ``p = min(out, in)``,
     ``q = max(out, in)`` and ``n = ceil(p / r)``, only ``Λ`` (``randlora_lambda``, shape ``(n, r)``)
-    and ``Γ`` (``randlora_gamma``, shape ``(n, p)``) are trained: ``n (r + p)`` numbers, fewer for a
-    larger rank. They are created in float32 whatever the dtype of the weight; only
-    ``layer.to(dtype)`` changes that.
+    and ``Γ`` (``randlora_gamma``, shape ``(n, p)``) are trained, unless ``train_a``. These are
+    ``n (r + p)`` numbers, fewer for a larger rank. They are created in float32 whatever the dtype
+    of the weight; only ``layer.to(dtype)`` changes that.
 
     **Initialisation.** ``Γ = 0`` and ``Λ = 1``, so ``ΔW = 0`` exactly, and the first optimiser step
     can make ``ΔW`` full rank if the batch has at least ``p`` tokens (proofs: ``docs/theorem.md``).
 
     **Learning rate.** Start with AdamW at 1e-3, whatever the sizes, the rank and the kind of bases.
-    The default scaling, ``125 / (in √n)``, makes that the right step (``docs/rates.md``).
+    The default scaling, ``125 / √(n · out · in)``, makes that the right step (``docs/rates.md``).
 
     **Speed and memory.** In each call a cost model orders the products, see ``docs/speed.md``.
     :attr:`choice` fixes parts of this plan, for one layer if set on a layer, for all if set on the
@@ -67,8 +67,8 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
         rank: ``r``, the rank of one basis, from 1 to ``p``.
         bank: the :class:`BasisBank` with the bases; by default an ``isometric`` bank, which is
             shared by all layers that are created without one.
-        alpha: makes ``scaling`` ``alpha / rank``; by default it is ``125 / (in √n)``, near 0.05
-            for a thousand inputs. So unlike in LoRA, ``alpha = rank`` is a large value.
+        alpha: makes ``scaling`` ``alpha / rank``; by default it is ``125 / √(n · out · in)``, 0.01
+            for 1024 x 1024 at rank 8. So unlike in LoRA, ``alpha = rank`` is a large value.
         dropout: the probability, in ``[0, 1)``, of zeroing an input of the update in training. The
             frozen weight gets the input without dropout. Code that reads :attr:`weight` (a subclass
             with its own forward, an attention layer) gets no dropout.
@@ -153,6 +153,9 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
             )
         given: Any = {"alpha": alpha, "dropout": dropout, "num_bases": num_bases}
         update = _new_update(linear, bank, rank=rank, train_a=train_a, **given)
+        for name in update.parameter_names:
+            if hasattr(linear, name):
+                raise TypeError(f"linear has an attribute {name!r}, which the update would need")
         copied: Any = copy.copy(linear)
         for name, value in vars(linear).items():
             # Parameters, buffers and hooks are shared; the containers that register them are not.
@@ -184,7 +187,7 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The effective weight ``W0 + ΔW``, shape ``(out, in)``, differentiable in ``Λ``, ``Γ``.
+        """The effective weight ``W0 + ΔW``, shape ``(out, in)``, differentiable in what is trained.
 
         Each read computes it again, unless the layer is :attr:`merged`.
         """
@@ -222,6 +225,11 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
         return self.weight_update.settings.dropout
 
     @property
+    def train_a(self) -> bool:
+        """Whether the layer has an ``A`` of its own, ``randlora_a``, which is trained."""
+        return self.weight_update.settings.train_a
+
+    @property
     def bank(self) -> BasisBank:
         """The bank with the bases of the update."""
         return self.weight_update.bank
@@ -232,7 +240,7 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
         return self._randlora.merged
 
     def delta_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return ``ΔW``, shape ``(out, in)``, differentiable in ``Λ`` and ``Γ``.
+        """Return ``ΔW``, shape ``(out, in)``, differentiable in what is trained.
 
         It is computed in ``dtype``, by default that of the weight. To judge a rank, use float64.
         """

@@ -114,7 +114,7 @@ class Settings:
             )
         asked_rank = rank if asked_rank is None else asked_rank
         if alpha is None:
-            scaling = bank.default_scaling(spec.in_, num_bases)
+            scaling = bank.default_scaling(spec.out, spec.in_, num_bases)
         else:
             scaling = as_scaling(alpha, asked_rank)
         dropout = as_real("dropout", dropout)

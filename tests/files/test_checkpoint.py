@@ -155,19 +155,22 @@ def test_files_written_once_go_on_loading(name):
     )
 
 
-def choices(path):
-    """The choices in the header of a .pt file."""
-    return json.loads(torch.load(path, weights_only=True)["randlora"])["choices"]
+def header(path):
+    """The header of a .pt file."""
+    return json.loads(torch.load(path, weights_only=True)["randlora"])
 
 
 def test_a_file_says_that_a_is_trained_only_where_it_is(tmp_path):
     """Versions that cannot train A read all other files, and refuse this one."""
-    known = {frozenset(choice) for choice in choices(GOLDEN / "adapter.pt")}
+    known = header(GOLDEN / "adapter.pt")
+    names = {frozenset(choice) for choice in known["choices"]}
     save_adapter(trained(), tmp_path / "a.pt")
-    assert {frozenset(choice) for choice in choices(tmp_path / "a.pt")} == known
     save_adapter(trained(**OWN_A), tmp_path / "b.pt")
-    assert {frozenset(choice) - {"train_a"} for choice in choices(tmp_path / "b.pt")} == known
-    assert all(choice["train_a"] is True for choice in choices(tmp_path / "b.pt"))
+    frozen, own = header(tmp_path / "a.pt"), header(tmp_path / "b.pt")
+    assert (known["format"], frozen["format"], own["format"]) == (1, 1, 2)
+    assert {frozenset(choice) for choice in frozen["choices"]} == names
+    assert {frozenset(choice) - {"train_a"} for choice in own["choices"]} == names
+    assert all(choice["train_a"] is True for choice in own["choices"])
 
 
 def test_adapters_with_and_without_an_a_of_their_own_are_saved_from_one_model(tmp_path):

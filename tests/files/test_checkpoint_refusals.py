@@ -179,7 +179,11 @@ TAMPERED = {
     "code": (evil, FileError, "not a whole file"),
     "a directory": (directory, FileError, "is a directory"),
     "an old checksum": (same_checksum, FileError, "changed or damaged"),
-    "a newer format": (with_header(format=2), FileError, "is of format 2; this version reads 1"),
+    "a newer format": (
+        with_header(format=3),
+        FileError,
+        "is of format 3; this version reads 1 and 2",
+    ),
     "no choices": (with_header(choices=[]), FileError, "does not write"),
     "negative places": (with_header(places=[-1] * 6), FileError, "there is no place -1 among"),
     "no bases": (with_header(bases=None), BasesError, "bases of version None"),

@@ -39,7 +39,7 @@ def test_inspect_says_what_is_there(path, capsys, train_a, numbers, rank):
     rows = {line.split("  ")[0]: line for line in out.splitlines()}
     assert rows["attention.in_proj_weight"].split() == [
         *("attention.in_proj_weight", "24", "x", "8", "3", "3", "1"),
-        *(str(numbers), "0", "8", "of", "8"),
+        *(str(numbers), *["with", "A"] * train_a, "0", "8", "of", "8"),
     ]
     ranks = {r.name: r.rank for r in rank_report(model)}
     assert rows["conv.weight"].endswith(f"{rank} of 6")

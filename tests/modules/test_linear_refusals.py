@@ -51,6 +51,12 @@ def with_scaling():
     return linear
 
 
+def with_buffer():
+    linear = nn.Linear(12, 20)
+    linear.register_buffer("randlora_lambda", torch.zeros(3))
+    return linear
+
+
 def with_forward(linear):
     linear.forward = linear.forward
     return linear
@@ -70,6 +76,7 @@ def quantised():
         (lambda: nn.Bilinear(3, 4, 5), "must be an nn.Linear, got Bilinear"),
         (lambda: RandLoRALinear(3, 4, rank=1), "RandLoRALinear is adapted already"),
         (lambda: nn.Linear(0, 4), "Linear has an empty weight"),
+        (with_buffer, "linear has an attribute 'randlora_lambda', which the update would need"),
         (with_scaling, "Linear has an attribute 'scaling' of its own"),
         (lambda: Planned(3, 4), "Planned has an attribute 'plan' of its own"),
         (lambda: with_forward(nn.Linear(3, 4)), "its forward is bound to it"),
