@@ -46,7 +46,7 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
     can make ``ΔW`` full rank if the batch has at least ``p`` tokens (proofs: ``docs/theorem.md``).
 
     **Learning rate.** Start with AdamW at 1e-3, whatever the sizes, the rank and the kind of bases.
-    The default scaling, ``125 / √(n · out · in)``, makes that the right step (``docs/rates.md``).
+    The default scaling, ``100 / √(n · out · in)``, makes that the right step (``docs/rates.md``).
 
     **Speed and memory.** In each call a cost model orders the products, see ``docs/speed.md``.
     :attr:`choice` fixes parts of this plan, for one layer if set on a layer, for all if set on the
@@ -67,7 +67,7 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
         rank: ``r``, the rank of one basis, from 1 to ``p``.
         bank: the :class:`BasisBank` with the bases; by default an ``isometric`` bank, which is
             shared by all layers that are created without one.
-        alpha: makes ``scaling`` ``alpha / rank``; by default it is ``125 / √(n · out · in)``, 0.01
+        alpha: makes ``scaling`` ``alpha / rank``; by default it is ``100 / √(n · out · in)``, 0.01
             for 1024 x 1024 at rank 8. So unlike in LoRA, ``alpha = rank`` is a large value.
         dropout: the probability, in ``[0, 1)``, of zeroing an input of the update in training. The
             frozen weight gets the input without dropout. Code that reads :attr:`weight` (a subclass

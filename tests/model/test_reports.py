@@ -50,11 +50,11 @@ def test_the_numbers_of_a_trained_a_are_counted():
 
 
 def test_summary_prints_a_table():
-    assert str(summary(model())) == (
+    assert str(summary(model(alpha=3))) == (
         "layer  out x in  rank  bases  scaling  trained\n"
         "-----  --------  ----  -----  -------  -------\n"
-        "up       20 x 8     3      3   9.0211       33\n"
-        "down     8 x 20     3      3  3.60844       33\n"
+        "up       20 x 8     3      3        1       33\n"
+        "down     8 x 20     3      3        1       33\n"
         "left out: head (output head: the last layer, called 'head')\n"
         "BasisBank('dense', seed=0): 0.00 MiB for 2 layers\n"
         "trained 66 of 441 parameters (14.97 %)"
