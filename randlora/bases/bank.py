@@ -29,7 +29,7 @@ from randlora.bases.streams import (
 )
 from randlora.core.checks import as_int, as_positive_int, as_real
 
-STRENGTH: Final = 100  # of the default scaling; measured, see `docs/rates.md`
+STRENGTH: Final = 100  # of the default scaling; how it was chosen is in `docs/rates.md`
 _ROWS: Final = 256  # rows drawn at a time, to limit transient memory
 
 

@@ -45,8 +45,8 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
     **Initialisation.** ``Γ = 0`` and ``Λ = 1``, so ``ΔW = 0`` exactly, and the first optimiser step
     can make ``ΔW`` full rank if the batch has at least ``p`` tokens (proofs: ``docs/theorem.md``).
 
-    **Learning rate.** Start with AdamW at 1e-3, whatever the sizes, the rank and the kind of bases.
-    The default scaling, ``100 / √(n · out · in)``, makes that the right step (``docs/rates.md``).
+    **Learning rate.** Start with AdamW at 1e-3. The default scaling, ``100 / √(n · out · in)``,
+    gives the first step one size for every width and rank (``docs/rates.md``).
 
     **Speed and memory.** In each call a cost model orders the products, see ``docs/speed.md``.
     :attr:`choice` fixes parts of this plan, for one layer if set on a layer, for all if set on the
