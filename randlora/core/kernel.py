@@ -80,8 +80,8 @@ def _autocast_off(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
-def _if(needed: bool, tensor: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """A base for ``save_for_backward`` if it is trained, and for ``ctx`` if it is frozen.
+def _saved_or_kept(needed: bool, tensor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """A base to save for backward, if it is trained, and one to keep on ``ctx``, if it is frozen.
 
     Hooks on saved tensors (of checkpoints, of offloading) need not see frozen bases.
     """
@@ -109,7 +109,7 @@ class EffectiveWeight(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, lam, gamma, a, ctx.b, _, ctx.scaling, ctx.wide, token = inputs
-        trained, ctx.a = _if(ctx.needs_input_grad[3], a)
+        trained, ctx.a = _saved_or_kept(ctx.needs_input_grad[3], a)
         ctx.save_for_backward(lam, gamma, trained, _mark(lam, token))
 
     @staticmethod
@@ -178,7 +178,7 @@ class Linear(torch.autograd.Function):
         xb = kept.pop(0) if plan.keeps == "xb" else None
         w = kept.pop(0) if plan.keep_weight else None
         needs_activation = needs_weight or any(needs) or needs_a
-        trained, ctx.a = _if(needs_a, a)
+        trained, ctx.a = _saved_or_kept(needs_a, a)
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
         ctx.save_for_backward(
