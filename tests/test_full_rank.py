@@ -44,6 +44,7 @@ from randlora import BasisBank, RandLoRALinear, adapter_parameters, rank_report,
 from randlora.bases.peft_rule import PeftBank
 from randlora.bases.streams import KINDS, PRIME, pivots
 from randlora.functional import delta_weight
+from randlora.modules.weight_update import A_START
 from tests.support import cases
 
 EPS = torch.finfo(torch.float64).eps
@@ -208,9 +209,11 @@ def test_one_optimiser_step_makes_it_full(
 
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 @pytest.mark.parametrize("shape", [(60, 48), (48, 60)])
-def test_a_trained_a_starts_as_the_shared_one_and_moves_from_the_second_step_on(shape, optimiser):
+def test_a_trained_a_starts_as_a_part_of_the_shared_one_and_moves_from_the_second_step_on(
+    shape, optimiser
+):
     layer = RandLoRALinear(*shape, rank=4, train_a=True).double()
-    assert torch.equal(layer.randlora_a, layer.bank.a(4, 48).double())
+    assert torch.equal(layer.randlora_a, A_START * layer.bank.a(4, 48).double())
     for numbers in (0, 4 * 48):
         step(layer, optimiser, tokens=64)
         assert layer.randlora_a.grad.count_nonzero() == numbers

@@ -24,6 +24,9 @@ from randlora.core.operators import Operator, tensors_of
 from randlora.functional import delta_weight, effective_weight
 
 DEFAULT = "default"  # the name of an adapter if none is given
+# A trained A starts at this times the shared A, with a scaling that makes up for it. So AdamW moves
+# it by as much of its size as it moves LoRA's A (docs/rates.md).
+A_START = 2.0**-5
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -114,7 +117,8 @@ class Settings:
             )
         asked_rank = rank if asked_rank is None else asked_rank
         if alpha is None:
-            scaling = bank.default_scaling(spec.out, spec.in_, num_bases)
+            start = A_START if train_a is True else 1.0
+            scaling = bank.default_scaling(spec.out, spec.in_, num_bases) / start
         else:
             scaling = as_scaling(alpha, asked_rank)
         dropout = as_real("dropout", dropout)
@@ -190,7 +194,7 @@ class WeightUpdate:
         for parameter, value in zip((lam, gamma), self.bank.start(m // r, r, p), strict=True):
             parameter.fill_(value)
         if a is not None:
-            a.copy_(self.bank.a(r, p))
+            a.copy_(A_START * self.bank.a(r, p))
 
     def factors(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> Factors:
         """Return ``Λ``, ``Γ``, ``A`` and ``B`` of a module, and ``dtype``, to compute in it."""

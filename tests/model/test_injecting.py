@@ -9,6 +9,7 @@ from torch import nn
 
 import randlora
 from randlora import BasisBank, RandLoRALinear, adapter_parameters, inject
+from randlora.modules.weight_update import A_START
 from tests.support import cases
 from tests.support.rows import Experts
 from tests.support.transformer import LAYERS, TOKENS, Block, Model, adapted_layers
@@ -180,7 +181,7 @@ def test_each_matrix_of_a_stack_gets_an_a_of_its_own():
     model = inject(Experts(), 3, target_modules=[], target_parameters=["up"], train_a=True)
     assert model.up_randlora_a.shape == (3, 3, 8)
     bank = model._randlora.active_updates["up"].bank
-    assert torch.equal(model.up_randlora_a, bank.a(3, 8).expand(3, 3, 8))
+    assert torch.equal(model.up_randlora_a, A_START * bank.a(3, 8).expand(3, 3, 8))
     assert len(adapter_parameters(model)) == 3
     with torch.no_grad():
         model.up_randlora_gamma.normal_()

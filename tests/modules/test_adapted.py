@@ -12,6 +12,7 @@ from randlora import inject
 from randlora.model.index import adapted_modules
 from randlora.modules import table
 from randlora.modules.adapted import AdaptedModule
+from randlora.modules.weight_update import A_START
 from tests.support.cases import assert_close
 from tests.support.rows import (
     Scaled,
@@ -62,7 +63,7 @@ def test_a_model_made_anew_on_another_device_is_what_a_fresh_one_is(train_a):
                 assert torch.equal(lam, lam[:1, :1].expand_as(lam))
                 assert not gamma.count_nonzero()
                 assert len(own) == train_a
-                assert all(torch.equal(a, adapter.bank.a(*a.shape)) for a in own)
+                assert all(torch.equal(a, A_START * adapter.bank.a(*a.shape)) for a in own)
 
 
 def test_attributes_of_a_module_are_its_authors():

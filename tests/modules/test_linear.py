@@ -11,6 +11,7 @@ from torch import nn
 
 from randlora import BasisBank, RandLoRALinear, adapter_parameters
 from randlora.bases.bank import STRENGTH
+from randlora.modules.weight_update import A_START
 from tests.support import cases
 from tests.support.small import trained
 
@@ -89,6 +90,20 @@ def test_a_first_step_has_the_same_spectral_norm_for_every_size_and_rank(kind, o
     assert 0.75 * expected < norm < 1.25 * most, norm / expected
 
 
+def test_a_trained_a_makes_the_same_first_step():
+    """It starts smaller than the shared one, and its default scaling makes up for that, exactly."""
+    results = []
+    for train_a in (False, True):
+        layer = RandLoRALinear(48, 60, rank=4, bank=BasisBank(seed=1), train_a=train_a)
+        torch.manual_seed(0)
+        torch.nn.init.normal_(layer.randlora_gamma)
+        results.append((layer.delta_weight(), layer.scaling))
+    (frozen, scaling), (own, larger) = results
+    assert torch.equal(own, frozen)
+    assert larger == scaling / A_START == 32 * scaling
+    assert RandLoRALinear(48, 60, rank=4, alpha=2, train_a=True).scaling == 0.5
+
+
 @pytest.mark.parametrize(("in_features", "out_features"), SHAPES)
 def test_delta_weight_scales_with_alpha_over_rank(in_features, out_features):
     one = trained(RandLoRALinear(in_features, out_features, rank=4))
@@ -116,17 +131,17 @@ def test_only_lambda_and_gamma_and_if_asked_a_are_trained_and_float32(own):
         assert parameter.grad.count_nonzero()
 
 
-def test_an_a_of_its_own_starts_as_the_shared_one():
+def test_an_a_of_its_own_starts_as_a_part_of_the_shared_one():
     bank = BasisBank(seed=2)
     one, other = (RandLoRALinear(12, 20, rank=4, bank=bank, train_a=True) for _ in range(2))
-    assert torch.equal(one.randlora_a, bank.a(4, 12))
+    assert torch.equal(one.randlora_a, A_START * bank.a(4, 12))
     with torch.no_grad():
         one.randlora_a.add_(1)
-    assert torch.equal(other.randlora_a, bank.a(4, 12))
+    assert torch.equal(other.randlora_a, A_START * bank.a(4, 12))
     assert torch.equal(one.operands(torch.float32)[0], bank.a(4, 12))  # the bank's is frozen
     assert trained(one).delta_weight().ne(0).all()
     one.reset_parameters()
-    assert torch.equal(one.randlora_a, bank.a(4, 12))
+    assert torch.equal(one.randlora_a, A_START * bank.a(4, 12))
     assert not one.delta_weight().count_nonzero()
 
 
