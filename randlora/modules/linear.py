@@ -75,8 +75,8 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
         num_bases: ``n``, by default ``ceil(p / r)``, which gives full rank. With fewer, the rank of
             ``ΔW`` is at most ``num_bases · r`` (RandLoRA-b in table 2 of the paper).
         train_a: whether the layer has an ``A`` of its own (``randlora_a``, shape ``(r, p)``), which
-            is trained. These are ``r p`` numbers more. It starts as 1/32 of the shared one, and the
-            default scaling is 32 times as large; an ``alpha`` should be, too.
+            is trained. These are ``r p`` numbers more. It starts as 1/8 of the shared one, and the
+            default scaling is 8 times as large; an ``alpha`` should be, too.
 
     Raises:
         TypeError: if an argument is of the wrong type.
