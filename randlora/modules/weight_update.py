@@ -25,7 +25,7 @@ from randlora.functional import delta_weight, effective_weight
 
 DEFAULT = "default"  # the name of an adapter if none is given
 # A trained A starts at this times the shared A, with a scaling that makes up for it, so that AdamW
-# moves it by more of its size. A smaller one learns more at 1e-3 and nothing at 3e-3 (docs/rates.md).
+# moves it by more of its size. Smaller, it learns more at 1e-3 and nothing at 3e-3 (docs/rates.md).
 A_START = 2.0**-3
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
