@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import randlora
+from randlora.modules.weight_update import A_START
 
 # --- modules -------------------------------------------------------------------------------------
 
@@ -601,8 +602,10 @@ def shuffled(model):
     numbers = {}
     for name, parameter in model.named_parameters():
         if name.endswith(("randlora_lambda", "randlora_gamma", "randlora_a")):
+            # The default scaling is larger if A is trained: so ΔW is as large as other ones.
+            size = 0.3 * (A_START if name.endswith("randlora_a") else 1.0)
             with torch.no_grad():
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
             numbers[name] = parameter
     return numbers
 
