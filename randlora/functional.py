@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.jit._trace import TracerWarning
 
 from randlora.core.kernel import EffectiveWeight, Linear
+from randlora.core.machine import machine_of
+from randlora.core.matmul import transforming
 from randlora.core.operators import Operator
 from randlora.core.planning import AUTOMATIC, UNKNOWN_TOKENS, Choice, Work, choose
 
@@ -158,6 +160,7 @@ def randlora_linear(
         a,
         b,
         wide,
+        dtype,
         needs_input=grad_enabled and x.requires_grad,
         needs_parameters=grad_enabled and any(t.requires_grad for t in (lam, gamma, a)),
         needs_weight=grad_enabled and weight is not None and weight.requires_grad,
@@ -170,8 +173,19 @@ def randlora_linear(
     return y
 
 
-def work_of(tokens: int, a: Tensor, b: Operator, wide: bool, **needs: bool) -> Work:
-    """Describe a call to the planner. ``needs`` are the optional fields of :class:`Work`."""
+def work_of(
+    tokens: int,
+    a: Tensor,
+    b: Operator,
+    wide: bool,
+    dtype: torch.dtype | None = None,
+    **needs: bool,
+) -> Work:
+    """Describe a call to the planner.
+
+    ``dtype`` is that of the products, by default the one of ``a``. ``needs`` are the optional
+    fields of :class:`Work`.
+    """
     return Work(
         tokens=tokens,
         p=a.shape[1],
@@ -180,6 +194,7 @@ def work_of(tokens: int, a: Tensor, b: Operator, wide: bool, **needs: bool) -> W
         wide=wide,
         weight_cost=b.weight_cost,
         token_cost=b.token_cost,
+        balance=1000 * machine_of(a.device).balance.get((dtype or a.dtype).itemsize, 0),
         **needs,
     )
 
@@ -200,8 +215,14 @@ def _tracing() -> bool:
 
 
 def _run(function: Any, *arguments: Any) -> Any:
-    """Call an autograd function. A trace cannot record one, so in a trace call its forward."""
-    return (function.forward if _tracing() else function.apply)(*arguments)
+    """Call an autograd function, or its forward alone if there is nothing to record.
+
+    A trace cannot record a function, and calling one takes longer than a small layer.
+    """
+    compiling = torch.compiler.is_compiling()
+    if _tracing() or not (compiling or torch.is_grad_enabled() or transforming()):
+        return function.forward(*arguments)
+    return function.apply(*arguments)
 
 
 def _sizes_as_numbers() -> AbstractContextManager[Any]:

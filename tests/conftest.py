@@ -5,14 +5,15 @@ import pytest
 import torch
 from hypothesis import settings
 
-from randlora.core import matmul
+from randlora.core import machine, matmul
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-# Run all tests as on another processor. "flipped" sets both switches to the opposite of this one.
-SWITCHES = ("onednn", "no-onednn", "widened", "no-widened", "flipped")
+# Run all tests as on another processor. "flipped" sets the switches of CPUs to the opposite of this
+# one. "accelerator" takes the ways that the kernel takes on a GPU.
+SWITCHES = ("onednn", "no-onednn", "widened", "no-widened", "flipped", "accelerator")
 
 
 def pytest_addoption(parser):
@@ -35,6 +36,8 @@ def pytest_configure(config):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
             matmul._AVAILABLE = matmul._available()
+    if "accelerator" in asked:
+        machine.CPU = machine.ACCELERATOR
     if asked & {"onednn", "no-onednn"}:
         matmul.USE_ONEDNN = "onednn" in asked
     if asked & {"widened", "no-widened"}:

@@ -24,7 +24,12 @@ SUBPACKAGES = {
     "model": (set(), {"core", "bases", "modules"}),
     "files": ({"checkpoint", "peft"}, {"core", "bases", "modules", "model"}),
 }
-EXTRAS = {"storage": {"safetensors"}, "merge_files": {"safetensors"}}  # optional packages
+# Optional packages. Triton comes with torch for CUDA.
+EXTRAS = {
+    "storage": {"safetensors"},
+    "merge_files": {"safetensors"},
+    "triton_kernels": {"triton"},
+}
 
 
 def subpackage_of(module: tuple[str, ...]) -> str:
@@ -86,6 +91,8 @@ def test_public_modules_are_imported_in_every_form():
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m not in FRONT], ids=".".join)
 def test_the_examples_of_the_docstrings_run(module):
+    if module[-1] == "triton_kernels":
+        pytest.importorskip("triton")
     found = importlib.import_module(".".join(("randlora", *module)))
     public = {name: getattr(randlora, name) for name in randlora.__all__}
     failed, _ = doctest.testmod(found, extraglobs={**public, "torch": torch, "nn": torch.nn})

@@ -67,8 +67,8 @@ class GatherOperator(Stored):
     def tmm(self, g: Tensor) -> Tensor:
         return _in_tiles(g, lambda tile: _gather(self.by_column, g[:, tile]))
 
-    def addmm_(self, total: Tensor, c: Tensor) -> Tensor:
-        if not in_place():
+    def addmm_(self, total: Tensor, c: Tensor, *, keep: bool = False) -> Tensor:
+        if keep or not in_place():
             return total + self.mm(c)
         for tile in _tiles(c.shape[1]):
             total[:, tile].add_(_gather(self.by_row, c[:, tile]))
@@ -77,8 +77,8 @@ class GatherOperator(Stored):
     def tokens_mm(self, x: Tensor) -> Tensor:
         return self.tmm(x.T).T
 
-    def tokens_addmm_(self, total: Tensor, h: Tensor) -> Tensor:
-        if not in_place():
+    def tokens_addmm_(self, total: Tensor, h: Tensor, *, keep: bool = False) -> Tensor:
+        if keep or not in_place():
             return total + self.mm(h.T).T
         for tile in _tiles(len(h)):
             total[tile].add_(_gather(self.by_row, h[tile].T).T)

@@ -30,6 +30,7 @@ autograd function returns.
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -69,7 +70,9 @@ def _owned(result: Tensor) -> Tensor:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast uses for matrix products, or None while autocast is off."""
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    # Dynamo of torch 2.11 cannot trace the question whether autocast is available.
+    compiling = torch.compiler.is_compiling() and kind != "meta"
+    if (compiling or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 
@@ -247,6 +250,13 @@ class Linear(torch.autograd.Function):
         return dx, d_weight, d_bias, *found, None, None, None, None, None
 
 
+# Each call of a function binds its arguments to the signature of `forward`. Without this, torch
+# takes the signature apart anew in each call, which takes longer than a small layer.
+for _function in (EffectiveWeight, Linear):
+    vars(_function.forward)["__signature__"] = inspect.signature(_function.forward)
+del _function
+
+
 # shape: d_weight and dw (out, in), left (T, m), rows (T, out), x (T, in) -> (n, r), (n, p), (r, p)
 def _parameter_grads(
     update: FactoredUpdate,
@@ -333,6 +343,9 @@ def _add_through(update: FactoredUpdate, total: Tensor, left: Tensor) -> Tensor:
 
     ``left`` is ``x B`` if wide, ``dy B`` if tall.
     """
+    if update.is_few(left):
+        deltas = [update.times_c(left, tile) for tile in update.tiles()]
+        return (total + (deltas[0] if len(deltas) == 1 else torch.cat(deltas, 1))).to(total.dtype)
     return apply_to_parts(
         total, update.tiles(), 1, lambda part, tile: addmm_(part, left, update.c(tile))
     )
@@ -342,6 +355,10 @@ def _add_through(update: FactoredUpdate, total: Tensor, left: Tensor) -> Tensor:
 def _add_back(update: FactoredUpdate, total: Tensor, rows: Tensor) -> Tensor:
     """``total + rows Cᵀ Bᵀ``: the forward if tall, the gradient of the input if wide."""
     first, *rest = update.tiles()
+    if update.is_few(rows):
+        parts = [update.times_c_transposed(rows[:, tile], tile) for tile in (first, *rest)]
+        inner = parts[0] if not rest else torch.stack(parts).sum(0)
+        return update.b.tokens_addmm_(total, inner)
     if update.b.by_columns:
         inner = mm(update.c(first), rows[:, first].T).T  # (T, m)
     else:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from randlora.core.machine import machine_of
 from randlora.core.matmul import addmm_, baddbmm_, bmm, in_place, mm, uses_onednn
 from randlora.core.operators import DenseOperator, Stored
 
@@ -64,6 +65,9 @@ class KroneckerOperator(Stored):
         self.left, self.right, self.shape = left, right, shape
         (q1, m1), (q2, m2) = left.shape, right.shape
         self.scale = math.sqrt(q1 * q2)
+        if machine_of(left.device).balance:  # its multiply-adds, which are few beside the passes
+            self.weight_cost = self.token_cost = 1000 * q1 * m2 * (m1 + q2) // math.prod(shape)
+            return
         # Costs are relative to the dense product. oneDNN makes the dense product twice as fast, but
         # computes only few of the products here, because they are small.
         faster = 2 if uses_onednn(left.dtype, left.device) else 1
@@ -81,24 +85,25 @@ class KroneckerOperator(Stored):
         blocks = bmm(self.right.T, _padded(g, q1 * q2, 0).view(q1, q2, k))
         return mm(self.left.T, blocks.view(q1, m2 * k)).view(m1 * m2, k)[: self.shape[1]]
 
-    def addmm_(self, total: Tensor, c: Tensor) -> Tensor:
+    def addmm_(self, total: Tensor, c: Tensor, *, keep: bool = False) -> Tensor:
         q1, q2 = len(self.left), len(self.right)
         if total.shape[0] == q1 * q2 and total.is_contiguous():
-            added = baddbmm_(total.view(q1, q2, -1), self.right, self._left_first(c))
+            added = baddbmm_(total.view(q1, q2, -1), self.right, self._left_first(c), keep=keep)
             return added.view(total.shape)
-        return _added(total, self.mm(c))
+        return _added(total, self.mm(c), keep)
 
     def tokens_mm(self, x: Tensor) -> Tensor:
         (q1, m1), (q2, m2), k = self.left.shape, self.right.shape, len(x)
         blocks = mm(_padded(x, q1 * q2, 1).view(k * q1, q2), self.right).view(k, q1, m2)
         return bmm(self.left.T, blocks).view(k, m1 * m2)[:, : self.shape[1]]
 
-    def tokens_addmm_(self, total: Tensor, h: Tensor) -> Tensor:
+    def tokens_addmm_(self, total: Tensor, h: Tensor, *, keep: bool = False) -> Tensor:
         (q1, m1), (q2, m2), k = self.left.shape, self.right.shape, len(h)
         blocks = bmm(self.left, _padded(h, m1 * m2, 1).view(k, m1, m2)).view(k * q1, m2)
         if total.shape[1] == q1 * q2 and total.is_contiguous():
-            return addmm_(total.view(k * q1, q2), blocks, self.right.T).view(total.shape)
-        return _added(total, mm(blocks, self.right.T).view(k, q1 * q2)[:, : self.shape[0]])
+            rows = total.view(k * q1, q2)
+            return addmm_(rows, blocks, self.right.T, keep=keep).view(total.shape)
+        return _added(total, mm(blocks, self.right.T).view(k, q1 * q2)[:, : self.shape[0]], keep)
 
     def rows(self, places: Tensor, dtype: torch.dtype) -> DenseOperator:
         q2 = len(self.right)
@@ -112,8 +117,8 @@ class KroneckerOperator(Stored):
         return mm(self.left, _padded(c, m1 * m2, 0).view(m1, m2 * k)).view(q1, m2, k)
 
 
-def _added(total: Tensor, product: Tensor) -> Tensor:
-    return total.add_(product) if in_place() else total + product
+def _added(total: Tensor, product: Tensor, keep: bool) -> Tensor:
+    return total.add_(product) if in_place() and not keep else total + product
 
 
 def _padded(matrix: Tensor, size: int, dim: int) -> Tensor:

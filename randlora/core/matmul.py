@@ -99,17 +99,29 @@ def in_place() -> bool:
     )
 
 
+def transforming() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is active."""
+    transforms: bool = torch._C._are_functorch_transforms_active()
+    return transforms or forward_ad._current_level >= 0
+
+
 def apply_to_parts(
-    total: Tensor, parts: Sequence[slice], dim: int, change: Callable[[Tensor, slice], Tensor]
+    total: Tensor,
+    parts: Sequence[slice],
+    dim: int,
+    change: Callable[[Tensor, slice], Tensor],
+    *,
+    keep: bool = False,
 ) -> Tensor:
     """Apply ``change`` to each part of ``total`` along ``dim``, and return the whole.
 
-    The parts together cover ``total``. ``change`` gets a part and its slice.
+    The parts together cover ``total``. ``change`` gets a part and its slice. With ``keep`` it
+    leaves the part as it is.
     """
     if len(parts) == 1:
         return change(total, parts[0])
     results = [change(total[part] if dim == 0 else total[:, part], part) for part in parts]
-    return total if in_place() else torch.cat(results, dim)
+    return total if in_place() and not keep else torch.cat(results, dim)
 
 
 # shape: a (i, j), b (j, k) -> (i, k)
@@ -143,18 +155,21 @@ def mm_wider(a: Tensor, b: Tensor) -> Tensor:
         for rows, columns, one, other in _parts(a, b):
             product[rows, columns] = one @ other
         return product
-    if a.is_cuda and _plain(a, b):
+    if a.is_cuda and is_plain(a, b):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 
 # shape: total (i, k), a (i, j), b (j, k) -> (i, k)
-def addmm_(total: Tensor, a: Tensor, b: Tensor, alpha: float | None = None) -> Tensor:
+def addmm_(
+    total: Tensor, a: Tensor, b: Tensor, alpha: float | None = None, *, keep: bool = False
+) -> Tensor:
     """``total + alpha a b``. In low precision it is rounded once, from the accumulator.
 
-    oneDNN has no product that adds in place, so with it the product takes memory of its own.
+    ``keep`` leaves ``total`` as it is. oneDNN has no product that adds in place, so with it the
+    product takes memory of its own.
     """
-    if not in_place():
+    if keep or not in_place():
         return torch.addmm(total, a, b, alpha=1 if alpha is None else alpha)
     if _upcasts(a, b):
         for rows, columns, one, other in _parts(a, b, alpha):
@@ -179,30 +194,30 @@ def bmm(a: Tensor, blocks: Tensor) -> Tensor:
 
 
 # shape: total (k, i, c), a (i, j), blocks (k, j, c) -> (k, i, c)
-def baddbmm_(total: Tensor, a: Tensor, blocks: Tensor) -> Tensor:
-    """``total`` plus ``a`` times each of ``blocks``, rounded once."""
-    if not _upcasts(a, blocks):
-        each = a.expand(len(blocks), *a.shape)
-        return total.baddbmm_(each, blocks) if in_place() else total.baddbmm(each, blocks)
+def baddbmm_(total: Tensor, a: Tensor, blocks: Tensor, *, keep: bool = False) -> Tensor:
+    """``total`` plus ``a`` times each of ``blocks``, rounded once. ``keep`` leaves ``total``."""
+    if keep or not _upcasts(a, blocks):
+        each, changes = a.expand(len(blocks), *a.shape), in_place() and not keep
+        return total.baddbmm_(each, blocks) if changes else total.baddbmm(each, blocks)
     for part in _batches(a, blocks):
         total[part] = baddbmm_(total[part].float(), a.float(), blocks[part].float())
     return total
 
 
-def _plain(*matrices: Tensor) -> bool:
+def is_plain(*matrices: Tensor) -> bool:
     """Whether all are plain tensors, and neither derivatives nor operations are recorded."""
     return (
         in_place()
         and not torch.is_grad_enabled()
         and all(type(matrix) in (Tensor, nn.Parameter) for matrix in matrices)
-        and forward_ad._current_level < 0
+        and not transforming()
     )
 
 
 def _upcasts(a: Tensor, b: Tensor) -> bool:
     """Whether the product is computed in float32, because the CPU has no units for its dtype."""
     low = a.dtype == b.dtype and a.dtype in UPCAST_DTYPES and a.device.type == "cpu"
-    return low and _plain(a, b)
+    return low and is_plain(a, b)
 
 
 def _parts(
@@ -239,7 +254,7 @@ def _allowed(a: Tensor, b: Tensor) -> bool:
     (rows, inner), columns = a.shape, b.shape[1]
     return (
         uses_onednn(a.dtype, a.device)
-        and _plain(a, b)
+        and is_plain(a, b)
         and min(rows, inner, columns) >= _SMALLEST
         and rows * inner * columns >= _LEAST
         and a.dtype == b.dtype

@@ -14,9 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from randlora.core.machine import machine_of
 from randlora.core.matmul import addmm_, apply_to_parts, mm
-
-_SLICE = 256  # rows or columns of signs cast at a time
 
 
 class Operator(Protocol):
@@ -26,7 +25,7 @@ class Operator(Protocol):
     ``tokens_addmm_`` take tokens. If ``by_columns``, ``tokens_mm`` returns ``(k, m)`` stored by
     columns, and ``tokens_addmm_`` is fastest if ``h`` is, too. Results are in the dtype of the
     argument. ``addmm_`` and ``tokens_addmm_`` may overwrite ``total``, as in
-    :mod:`randlora.core.matmul`. In low precision, dense products are rounded once.
+    :mod:`randlora.core.matmul`, unless ``keep``. In low precision, dense products are rounded once.
     """
 
     scale: float
@@ -55,7 +54,7 @@ class Operator(Protocol):
         """``Bᵀ g``: ``(q, k)`` to ``(m, k)``."""
         ...
 
-    def addmm_(self, total: Tensor, c: Tensor) -> Tensor:
+    def addmm_(self, total: Tensor, c: Tensor, *, keep: bool = False) -> Tensor:
         """``total + B c``: ``(q, k)`` and ``(m, k)`` to ``(q, k)``."""
         ...
 
@@ -63,7 +62,7 @@ class Operator(Protocol):
         """``x B``: ``(k, q)`` to ``(k, m)``."""
         ...
 
-    def tokens_addmm_(self, total: Tensor, h: Tensor) -> Tensor:
+    def tokens_addmm_(self, total: Tensor, h: Tensor, *, keep: bool = False) -> Tensor:
         """``total + h Bᵀ``: ``(k, q)`` and ``(k, m)`` to ``(k, q)``."""
         ...
 
@@ -111,50 +110,59 @@ class DenseOperator(_Entries):
     def tmm(self, g: Tensor) -> Tensor:
         return mm(self.entries.T, g, self.unit)
 
-    def addmm_(self, total: Tensor, c: Tensor) -> Tensor:
-        return addmm_(total, self.entries, c, self.unit)
+    def addmm_(self, total: Tensor, c: Tensor, *, keep: bool = False) -> Tensor:
+        return addmm_(total, self.entries, c, self.unit, keep=keep)
 
     def tokens_mm(self, x: Tensor) -> Tensor:
         return mm(x, self.entries, self.unit)
 
-    def tokens_addmm_(self, total: Tensor, h: Tensor) -> Tensor:
-        return addmm_(total, h, self.entries.T, self.unit)
+    def tokens_addmm_(self, total: Tensor, h: Tensor, *, keep: bool = False) -> Tensor:
+        return addmm_(total, h, self.entries.T, self.unit, keep=keep)
 
 
 class SignOperator(_Entries):
-    """A unit base stored as int8 signs. A product casts them one slice at a time.
+    """A unit base stored as int8 signs. A product casts them, on a CPU one slice at a time.
 
     In a product with ``k`` columns the casts are about ``1 / k`` of the work.
     """
 
     def mm(self, c: Tensor) -> Tensor:
-        return torch.cat([mm(signs, c, self.unit) for signs in self._cast(0, c.dtype)])
+        return _joined([mm(signs, c, self.unit) for signs in self._cast(0, c.dtype)], 0)
 
     def tmm(self, g: Tensor) -> Tensor:
-        return torch.cat([mm(signs.T, g, self.unit) for signs in self._cast(1, g.dtype)])
+        return _joined([mm(signs.T, g, self.unit) for signs in self._cast(1, g.dtype)], 0)
 
-    def addmm_(self, total: Tensor, c: Tensor) -> Tensor:
+    def addmm_(self, total: Tensor, c: Tensor, *, keep: bool = False) -> Tensor:
 
         def plus(part: Tensor, rows: slice) -> Tensor:
-            return addmm_(part, self.entries[rows].to(c.dtype), c, self.unit)
+            return addmm_(part, self.entries[rows].to(c.dtype), c, self.unit, keep=keep)
 
-        return apply_to_parts(total, self._slices(), 0, plus)
+        return apply_to_parts(total, self._slices(0), 0, plus, keep=keep)
 
     def tokens_mm(self, x: Tensor) -> Tensor:
-        return torch.cat([mm(x, signs, self.unit) for signs in self._cast(1, x.dtype)], 1)
+        return _joined([mm(x, signs, self.unit) for signs in self._cast(1, x.dtype)], 1)
 
-    def tokens_addmm_(self, total: Tensor, h: Tensor) -> Tensor:
+    def tokens_addmm_(self, total: Tensor, h: Tensor, *, keep: bool = False) -> Tensor:
 
         def plus(part: Tensor, rows: slice) -> Tensor:
-            return addmm_(part, h, self.entries[rows].to(h.dtype).T, self.unit)
+            return addmm_(part, h, self.entries[rows].to(h.dtype).T, self.unit, keep=keep)
 
-        return apply_to_parts(total, self._slices(), 1, plus)
+        return apply_to_parts(total, self._slices(0), 1, plus, keep=keep)
 
-    def _slices(self) -> list[slice]:
-        return [slice(lo, lo + _SLICE) for lo in range(0, len(self.entries), _SLICE)]
+    def _slices(self, dim: int) -> list[slice]:
+        size = self.entries.shape[dim]
+        step = machine_of(self.entries.device).signs or max(size, 1)
+        return [slice(lo, lo + step) for lo in range(0, size, step)]
 
     def _cast(self, dim: int, dtype: torch.dtype) -> Iterator[Tensor]:
-        return (signs.to(dtype) for signs in torch.split(self.entries, _SLICE, dim))
+        parts = self._slices(dim)
+        return (
+            (self.entries[part] if dim == 0 else self.entries[:, part]).to(dtype) for part in parts
+        )
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def tensors_of(operator: Operator | Stored) -> Iterator[Tensor]:

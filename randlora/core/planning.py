@@ -17,6 +17,11 @@ A product with ``B`` that is needed twice is computed once. In a tall layer, ``d
 gradients. In a wide layer, ``x B`` serves the forward and the gradients of ``Λ`` and ``Γ``. ``β_w``
 and ``β_a`` are 1 for a dense basis. An operator that is cheaper to apply states its own.
 
+On an accelerator, moving numbers can take longer than multiplying them. There a product costs the
+larger of its multiply-adds and of the numbers that it reads and writes, times the ``balance`` of
+the machine (:mod:`randlora.core.machine`). A product with ``C`` forms it first, and one that gives
+``P`` leaves it to be read.
+
 Costs are integers, and this module does not import torch.
 """
 
@@ -50,6 +55,7 @@ class Work:
     alone: bool = False  # without a frozen weight (dropout): x ΔWᵀ is a product of its own
     weight_cost: int = 1000  # β_w in thousandths
     token_cost: int = 1000  # β_a in thousandths
+    balance: int = 0  # thousandths of multiply-adds that take as long as moving a number
 
 
 @dataclass(frozen=True)
@@ -111,18 +117,28 @@ def plans(work: Work) -> list[Plan]:
 
 
 def cost(work: Work, plan: Plan) -> int:
-    """The cost of ``plan`` beyond the frozen layer's own, in thousandths of multiply-adds."""
-    weight = work.weight_cost * work.m * work.q * work.p  # B C, or Bᵀ G
-    tokens = work.token_cost * work.m * work.q * work.tokens  # x B, dy B, or h Bᵀ
-    small = 1000 * work.tokens * work.m * work.p  # tokens times C or Cᵀ
-    gradient = 1000 * work.tokens * work.p * work.q  # G; as much as a product of the frozen layer
+    """The cost of ``plan`` beyond the frozen layer's own, in thousandths of multiply-adds.
+
+    Of those multiply-adds that take as long, on a machine where moving numbers counts.
+    """
+    t, p, q, m = work.tokens, work.p, work.q, work.m
+
+    def price(macs: int, moved: int) -> int:
+        return max(macs, work.balance * moved)
+
+    add_weight = price(work.weight_cost * m * q * p, 2 * (m * p + q * p))  # B C
+    weight = price(work.weight_cost * m * q * p, 2 * m * p + q * p)  # Bᵀ G
+    tokens = price(work.token_cost * m * q * t, t * (q + m))  # x B, dy B, or h Bᵀ
+    small = price(1000 * t * m * p, t * (m + p) + 2 * m * p)  # with C, or P from tokens
+    # G; as much as a product of the frozen layer
+    gradient = price(1000 * t * p * q, t * (p + q) + p * q)
     ways = plan.forward, plan.grad_input, plan.grad_parameters
     forward, grad_input, grad_parameters = [way == "activations" for way in ways]
     total = small * (forward + grad_input + grad_parameters)
     if not forward:
-        total += weight + gradient * work.alone
+        total += add_weight + gradient * work.alone
     if work.needs_input and not grad_input:
-        total += weight * (not plan.keep_weight) + gradient * work.alone
+        total += add_weight * (not plan.keep_weight) + gradient * work.alone
     if work.needs_parameters and not grad_parameters:
         total += weight
     if work.needs_weight or (work.needs_parameters and not grad_parameters):
@@ -159,7 +175,9 @@ def choose(work: Work, choice: Choice = AUTOMATIC) -> Plan:
         if fixed is not None:
             allowed = [plan for plan in allowed if getattr(plan, name) == fixed] or allowed
     least = min(cost(work, plan) for plan in allowed)
-    frozen = 1000 * work.tokens * work.p * work.q * (1 + work.needs_input) * (not work.alone)
+    t, p, q = work.tokens, work.p, work.q
+    frozen = max(1000 * t * p * q, work.balance * (t * (p + q) + p * q))
+    frozen *= (1 + work.needs_input) * (not work.alone)
     good = [plan for plan in allowed if 64 * (cost(work, plan) - least) <= frozen + least]
     best = good[0]
     for plan in good[1:]:  # not min() of tuples: torch.compile traces this and cannot order them

@@ -12,8 +12,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from randlora.core.matmul import apply_to_parts, in_place
+from randlora.core.machine import machine_of
+from randlora.core.matmul import apply_to_parts, in_place, mm
 from randlora.core.operators import Operator
+from randlora.core.passes import coefficient_grads, coefficients
 
 # The limit for a temporary matrix of the shape of the weight, of C or of P. To change it, assign to
 # it in this module. A layer of 14336 x 4096 in float32 is just within it. The output of a larger
@@ -22,8 +24,6 @@ TRANSIENT_BYTES = 256 * 2**20
 
 Needs: TypeAlias = tuple[bool, bool, bool]  # which gradients are needed: of Λ, Γ and A
 Grads: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-_PART_BYTES = 4 * 2**20  # bytes of C formed at a time while it is added to a weight
 
 
 def tile_width(rows: int, itemsize: int) -> int:
@@ -55,6 +55,7 @@ class FactoredUpdate:
         for other in (lam.dtype, a.dtype, self.dtype):
             self.wider = torch.promote_types(self.wider, other)
         self.dim = 0 if wide else 1  # the dimension of the weight that has size p
+        self.machine = machine_of(lam.device)
 
     @property
     def out_features(self) -> int:
@@ -71,17 +72,56 @@ class FactoredUpdate:
         return [slice(p * i // count, p * (i + 1) // count) for i in range(count)]
 
     # shape: -> (m, tile)
-    def c(self, tile: slice) -> Tensor:
-        """``scaling · C``, computed in the wider dtype and rounded once to that of products."""
+    def c(self, tile: slice, by_columns: bool = False) -> Tensor:
+        """``scaling · C``, computed in the wider dtype and rounded once to that of products.
+
+        It may be stored by columns, which takes a pass more on a CPU, and no more elsewhere.
+        """
         lam, gamma = self.scaling * self.lam.to(self.wider), self.gamma[:, tile].to(self.wider)
-        c = lam.unsqueeze(2) @ gamma.unsqueeze(1)  # faster as a product than as a broadcast
-        return _times(c, self.a[:, tile]).flatten(0, 1).to(self.dtype)
+        if self.machine.balance:
+            return coefficients(lam, gamma, self.a[:, tile], self.dtype, by_columns)
+        return _times(self._outer(lam, gamma), self.a[:, tile]).flatten(0, 1).to(self.dtype)
+
+    def is_few(self, rows: Tensor) -> bool:
+        """Whether products of these tokens with ``C`` are computed without it, from fewer numbers.
+
+        Not in a graph for any number of tokens, and not in float16: without ``Γ``, what is summed
+        can exceed its range.
+        """
+        eager = in_place() and self.dtype != torch.float16
+        return eager and rows.shape[0] < self.lam.shape[1]
+
+    # shape: left (T, m) -> (T, tile)
+    def times_c(self, left: Tensor, tile: slice) -> Tensor:
+        """``left · scaling · C`` without ``C``: ``n p`` numbers for a token instead of ``m p``.
+
+        In the wider dtype, to be rounded once after it is added.
+        """
+        lam = self.scaling * self.lam.to(self.wider)
+        scaled = (left.reshape(-1, *lam.shape) * lam).to(self.dtype)  # (T, n, r)
+        by_base = mm(scaled.flatten(0, 1), self.a[:, tile].to(self.dtype))
+        by_base = by_base.view(*scaled.shape[:2], by_base.shape[1])  # (T, n, tile)
+        return (by_base * self.gamma[:, tile].to(self.wider)).sum(1)
+
+    # shape: rows (T, tile) -> (T, m)
+    def times_c_transposed(self, rows: Tensor, tile: slice) -> Tensor:
+        """``rows · scaling · Cᵀ``, as above."""
+        gamma, lam = self.gamma[:, tile].to(self.wider), self.scaling * self.lam.to(self.wider)
+        by_base = (rows.unsqueeze(1) * gamma).to(self.dtype)  # (T, n, tile)
+        product = mm(by_base.flatten(0, 1), self.a[:, tile].T.to(self.dtype))
+        return (product.view(-1, *lam.shape) * lam).flatten(1).to(self.dtype)
+
+    # shape: lam (n, r), gamma (n, tile) -> (n, r, tile)
+    def _outer(self, lam: Tensor, gamma: Tensor) -> Tensor:
+        """``Λ[j,k] Γ[j,c]``. An accelerator could round a matrix product to TF32."""
+        lam, gamma = lam.unsqueeze(2), gamma.unsqueeze(1)
+        return lam * gamma if self.machine.balance else lam @ gamma  # on a CPU this is faster
 
     # shape: weight (out, in) -> (out, in)
     def whole(self, weight: Tensor | None) -> Tensor:
         """``W0 + ΔW``, with the strides of ``W0``, or ``ΔW`` if ``weight`` is None."""
         tiles = self.tiles()
-        if weight is None or weight.dtype != self.dtype or not in_place():
+        if weight is None or weight.dtype != self.dtype or not self._adds_in_place():
             parts = [self.effective(weight, tile) for tile in tiles]
             total = parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
             return total if weight is None else _laid_out(total, weight)
@@ -99,19 +139,34 @@ class FactoredUpdate:
         wide, dtype = self.wide, self.dtype
         base = None if weight is None else weight[tile] if wide else weight[:, tile]
         if base is None or base.dtype != dtype:  # under autocast W0 has a wider dtype
-            delta = self.b.mm(self.c(tile))
-            delta = delta.T if wide else delta
+            delta = self._delta(tile)
             return delta if base is None else _laid_out((base + delta).to(dtype), base)
-        if in_place():
+        if self._adds_in_place():
             return self._plus(base.clone(), tile)
         return _laid_out(self._plus(base, tile), base)
 
+    def _adds_in_place(self) -> bool:
+        """Whether the update is added to a copy of the weight, in parts, or else to the weight."""
+        return in_place() and bool(self.machine.part_bytes)
+
+    # shape: -> (q, tile), (tile, q) if wide
+    def _delta(self, tile: slice) -> Tensor:
+        delta = self.b.mm(self.c(tile))
+        return delta.T if self.wide else delta
+
     # shape: total and result (q, tile), (tile, q) if wide
     def _plus(self, total: Tensor, tile: slice) -> Tensor:
-        """Add these columns (rows, if wide) of ``ΔW`` to ``total``."""
+        """Add these columns (rows, if wide) of ``ΔW`` to ``total``, in place if that is allowed.
+
+        A machine that does not add in parts leaves ``total`` as it is.
+        """
+        if not self.machine.part_bytes:
+            if self.wide:
+                return self.b.tokens_addmm_(total, self.c(tile, by_columns=True).T, keep=True)
+            return self.b.addmm_(total, self.c(tile), keep=True)
         width = size = tile.stop - tile.start
         if in_place():  # in parts, so that C is never in memory as a whole
-            width = max(128, _PART_BYTES // (self.b.shape[1] * self.dtype.itemsize))
+            width = max(128, self.machine.part_bytes // (self.b.shape[1] * self.dtype.itemsize))
 
         def plus(part: Tensor, at: slice) -> Tensor:
             c = self.c(slice(tile.start + at.start, tile.start + at.stop))
@@ -136,11 +191,17 @@ class FactoredUpdate:
     # shape: p_tile (m, tile) -> (n, r), (n, tile), (r, tile)
     def parameter_grads(self, p_tile: Tensor, tile: slice, needs: Needs) -> Grads:
         """The tile's share of ``dΛ``, columns of ``dΓ`` and ``dA``. May overwrite ``p_tile``."""
-        by_base = p_tile.reshape(*self.lam.shape, -1).to(self.wider)  # (n, r, tile)
         lam, gamma = self.scaling * self.lam.to(self.wider), self.gamma[:, tile].to(self.wider)
         d_lam = d_gamma = d_a = None
+        if self.machine.balance and (needs[0] or needs[1]):
+            d_lam, d_gamma = coefficient_grads(p_tile, lam, gamma, self.a[:, tile])
+            d_lam = self.scaling * d_lam if needs[0] else None
+            d_gamma, needs = d_gamma if needs[1] else None, (False, False, needs[2])
+        if not any(needs):
+            return d_lam, d_gamma, d_a
+        by_base = p_tile.reshape(*self.lam.shape, -1).to(self.wider)  # (n, r, tile)
         if needs[2]:
-            d_a = _times(lam.unsqueeze(2) @ gamma.unsqueeze(1), by_base).sum(0)
+            d_a = _times(self._outer(lam, gamma), by_base).sum(0)
         if needs[0] or needs[1]:
             by_base = _times(by_base, self.a[:, tile])
         if needs[0]:

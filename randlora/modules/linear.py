@@ -285,7 +285,14 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
         """
         a, b = self.operands(self.base_weight.dtype)
         wide = self.out_features < self.in_features
-        work = work_of(as_positive_int("tokens", tokens), a, b, wide, needs_input=needs_input)
+        work = work_of(
+            as_positive_int("tokens", tokens),
+            a,
+            b,
+            wide,
+            self.base_weight.dtype,
+            needs_input=needs_input,
+        )
         return choose(work, self.choice)
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, Operator]:

@@ -121,4 +121,6 @@ def test_entries_are_the_same_on_cuda(kind):
     bank = BasisBank(kind, seed=6)
     a, b = bank.store(torch.device("cuda"), torch.float32).operands(3, 20, 70, 40)
     assert torch.equal(a.cpu(), bank.a(3, 20))
-    assert torch.equal(b.scale * b.mm(torch.eye(40, device="cuda")).cpu(), bank.b(70, 40))
+    entries = b.scale * b.mm(torch.eye(40, device="cuda")).cpu()
+    # The entries of isometric bases are products of two stored ones, rounded by the device.
+    torch.testing.assert_close(entries, bank.b(70, 40), rtol=1e-6 * (kind == "isometric"), atol=0)

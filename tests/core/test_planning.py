@@ -32,6 +32,7 @@ def works(draw) -> Work:
         alone=draw(st.booleans()),
         weight_cost=draw(st.integers(10, 1000)),
         token_cost=draw(st.integers(10, 1000)),
+        balance=draw(st.sampled_from([0, 260_000, 520_000])),
     )
 
 
@@ -64,13 +65,22 @@ def products(work, plan):
 
 
 def price(work, product):
-    if product.startswith(("B C", "B' G")):
-        return work.weight_cost * work.m * work.q * work.p
-    if product.endswith("small"):
-        return 1000 * work.tokens * work.m * work.p
-    if product in ("G", "x W", "dy W"):
-        return 1000 * work.tokens * work.p * work.q
-    return work.token_cost * work.tokens * work.m * work.q
+    """The larger of the multiply-adds and the numbers moved: both arguments, and the result.
+
+    ``C`` is written before it is read, and ``P`` is read after it is written.
+    """
+    t, p, q, m = work.tokens, work.p, work.q, work.m
+    if product.startswith("B C"):  # C, C, W0, W0 + ΔW
+        multiplied, moved = work.weight_cost * m * q * p, m * p + m * p + q * p + q * p
+    elif product == "B' G":  # G, P, P
+        multiplied, moved = work.weight_cost * m * q * p, q * p + m * p + m * p
+    elif product.endswith("small"):
+        multiplied, moved = 1000 * t * m * p, t * m + t * p + m * p + m * p
+    elif product in ("G", "x W", "dy W"):
+        multiplied, moved = 1000 * t * p * q, t * p + t * q + p * q
+    else:
+        multiplied, moved = work.token_cost * t * m * q, t * m + t * q
+    return max(multiplied, work.balance * moved)
 
 
 @given(works())
@@ -98,7 +108,7 @@ def test_the_choice_is_that_of_brute_force(work):
             x = (work.q if work.wide else work.p) * (work.needs_parameters or work.needs_weight)
             everything.append((work.tokens * (work.m if keeps == "xb" else x), total))
     least = min(total for _, total in everything)
-    own = 0 if work.alone else 1000 * work.tokens * work.p * work.q * (1 + work.needs_input)
+    own = 0 if work.alone else price(work, "G") * (1 + work.needs_input)
     best = min(entry for entry in everything if 64 * (entry[1] - least) <= own + least)
     plan = choose(work)
     assert (saved_numel(work, plan), cost(work, plan)) == best
@@ -112,7 +122,7 @@ def test_what_is_fixed_is_kept_to_and_the_rest_is_best(work, name, data):
     if possible:
         assert plan in possible
         least = min(cost(work, p) for p in possible)
-        own = 0 if work.alone else 1000 * work.tokens * work.p * work.q * (1 + work.needs_input)
+        own = 0 if work.alone else price(work, "G") * (1 + work.needs_input)
         good = [p for p in possible if 64 * (cost(work, p) - least) <= own + least]
         assert saved_numel(work, plan) == min(saved_numel(work, p) for p in good)
 

@@ -1,0 +1,89 @@
+"""Fewer tokens than the rank: products with ``C`` are computed without it."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.export import Dim, export
+
+from randlora import BasisBank, Choice, RandLoRALinear, reference
+from randlora.core.update import FactoredUpdate
+from randlora.functional import randlora_linear
+from tests.support.cases import KINDS, case
+from tests.support.oracle import EVERY, agree
+
+ACTIVATIONS = Choice("activations", "activations", "activations")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
+def test_every_plan_gives_what_the_oracle_gives(kind, shape, monkeypatch):
+    few = []
+    original = FactoredUpdate.is_few
+    monkeypatch.setattr(
+        FactoredUpdate, "is_few", lambda s, x: few.append(original(s, x)) or few[-1]
+    )
+    monkeypatch.setattr("randlora.core.update.tile_width", lambda *_: 10)
+    for tokens, choice in itertools.product((0, 1, 5, 6), EVERY):
+        c = case(BasisBank(kind, seed=2), *shape, 6, 4, lead=(tokens,))
+
+        def fast(b, x, weight, bias, lam, gamma, a, choice=choice, c=c):
+            return randlora_linear(
+                x, weight, bias, lam, gamma, a, b, scaling=c.scaling, choice=choice
+            )
+
+        def slow(b, x, weight, bias, lam, gamma, a, c=c):
+            return reference.linear(x, weight, bias, a, b, lam, gamma, scaling=c.scaling)
+
+        agree(c, fast, slow, [c.x, c.weight, c.bias, c.lam, c.gamma, c.a])
+    assert set(few) == {True, False}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_an_update_it_is_the_plain_layer_to_the_bit(kind, dtype):
+    """With inputs that float16 can hold, and a sum over them that it cannot."""
+    torch.manual_seed(0)
+    for in_, out in ((1024, 256), (256, 1024)):
+        layer = RandLoRALinear(in_, out, rank=32, bank=BasisBank(kind), dtype=dtype)
+        layer.choice = ACTIVATIONS
+        x = (3000 * torch.randn(4, in_)).to(dtype)
+        for recorded in (False, True):
+            with torch.set_grad_enabled(recorded):
+                assert torch.equal(layer(x), F.linear(x, layer.base_weight, layer.bias))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("shape", [(64, 32), (32, 64)])
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_graph_for_any_number_of_tokens_is_for_few_as_well(shape, strict):
+    layer = RandLoRALinear(*shape, rank=8, bank=BasisBank("dense"))
+    nn.init.normal_(layer.randlora_gamma)
+    layer.choice = ACTIVATIONS
+    model, x = nn.Sequential(layer), torch.randn(20, shape[0])
+    with torch.no_grad():
+        model(x)
+        shapes = ({0: Dim("tokens", min=2)},)
+        graph = export(model, (x,), dynamic_shapes=shapes, strict=strict).module()
+        for tokens in (2, 30):
+            x = torch.randn(tokens, shape[0])
+            torch.testing.assert_close(graph(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_layer_on_meta_compiles():
+    layer = RandLoRALinear(64, 32, rank=8, bank=BasisBank("dense")).to("meta")
+    x = torch.randn(3, 64, device="meta")
+    assert layer(x).shape == (3, 32)
+    assert torch.compile(layer, backend="eager", fullgraph=True)(x).shape == (3, 32)
+
+
+def test_bad_input_draws_no_bases():
+    bank = BasisBank("dense")
+    layer = RandLoRALinear(64, 32, rank=8, bank=bank)
+    before = bank.nbytes
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="63"):
+        layer(torch.randn(3, 63))
+    assert bank.nbytes == before
