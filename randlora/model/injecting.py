@@ -90,7 +90,7 @@ def inject(
         num_bases: ``n``, by default ``ceil(p / r)``, which gives full rank. A larger value is
             lowered to that.
         train_a: whether each update gets an ``A`` of its own, which is trained, see
-            :class:`RandLoRALinear`.
+            :class:`RandLoRALinear`. PEFT cannot load such adapters.
         seed: the seed of the bases, if ``basis`` is a kind.
         modules_to_save: which modules to train in full: patterns or a predicate. They are not
             adapted. If this is None and the output head is frozen although its name is that of a

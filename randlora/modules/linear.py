@@ -67,7 +67,7 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
         rank: ``r``, the rank of one basis, from 1 to ``p``.
         bank: the :class:`BasisBank` with the bases; by default an ``isometric`` bank, which is
             shared by all layers that are created without one.
-        alpha: makes ``scaling`` ``alpha / rank``; by default it is ``100 / √(n · out · in)``, 0.01
+        alpha: makes ``scaling`` ``alpha / rank``; by default it is ``100 / √(n · out · in)``, 0.009
             for 1024 x 1024 at rank 8. So unlike in LoRA, ``alpha = rank`` is a large value.
         dropout: the probability, in ``[0, 1)``, of zeroing an input of the update in training. The
             frozen weight gets the input without dropout. Code that reads :attr:`weight` (a subclass
@@ -76,7 +76,7 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
             ``ΔW`` is at most ``num_bases · r`` (RandLoRA-b in table 2 of the paper).
         train_a: whether the layer has an ``A`` of its own (``randlora_a``, shape ``(r, p)``), which
             is trained. These are ``r p`` numbers more. It starts as 1/8 of the shared one, and the
-            default scaling is 8 times as large; an ``alpha`` should be, too.
+            default scaling is 8 times as large. If you give ``alpha``, make it 8 times as large.
 
     Raises:
         TypeError: if an argument is of the wrong type.
