@@ -74,10 +74,10 @@ STEPS = [(64, 64, 8), (512, 512, 2), (512, 512, 64), (128, 512, 16), (512, 128, 
 def test_a_first_step_has_the_same_spectral_norm_for_every_size_and_rank(kind, out, in_, rank):
     """The reason for the default scaling, for a gradient of rank one (``docs/rates.md``).
 
-    With orthonormal columns of ``B`` the norm is ``√(2/π + r/p)`` of ``STRENGTH`` times the rate. Other
-    columns overlap, which adds up to a factor of ``√2``. Ranks are at most an eighth of ``p``; near
-    ``p`` the norm is larger. Sums of few random terms leave it uncertain by a quarter, but a wrong
-    power of a size would show.
+    With orthonormal columns of ``B`` the norm is ``√(2/π + r/p)`` of ``STRENGTH`` times the rate.
+    Other columns overlap, which adds up to a factor of ``√2``. Ranks are at most an eighth of
+    ``p``; near ``p`` the norm is larger. Sums of few random terms leave it uncertain by a quarter,
+    but a wrong power of a size would show.
     """
     torch.manual_seed(0)
     layer = RandLoRALinear(in_, out, bias=False, rank=rank, bank=BasisBank(kind, seed=1)).double()
