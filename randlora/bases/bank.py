@@ -210,7 +210,7 @@ class BasisBank:
         """The factor of ``ΔW`` for a weight ``out × in`` and ``n`` bases.
 
         With it, the first step of AdamW at the rate 1e-3 moves ``ΔW`` by about 0.08 in the
-        spectral norm, for every size and rank (``docs/rates.md``).
+        spectral norm, for every size, and ranks that are small beside it (``docs/rates.md``).
         """
         return STRENGTH / math.sqrt(out * in_ * n)
 

@@ -75,7 +75,7 @@ class FactoredUpdate:
     def c(self, tile: slice, by_columns: bool = False) -> Tensor:
         """``scaling · C``, computed in the wider dtype and rounded once to that of products.
 
-        It may be stored by columns, which takes a pass more on a CPU, and no more elsewhere.
+        An accelerator can store it by columns; a CPU stores it by rows.
         """
         lam, gamma = self.scaling * self.lam.to(self.wider), self.gamma[:, tile].to(self.wider)
         if self.machine.balance:

@@ -46,7 +46,7 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
     can make ``ΔW`` full rank if the batch has at least ``p`` tokens (proofs: ``docs/theorem.md``).
 
     **Learning rate.** Start with AdamW at 1e-3. The default scaling, ``100 / √(n · out · in)``,
-    gives the first step one size for every width and rank (``docs/rates.md``).
+    gives the first step about one size for every width and rank (``docs/rates.md``).
 
     **Speed and memory.** In each call a cost model orders the products, see ``docs/speed.md``.
     :attr:`choice` fixes parts of this plan, for one layer if set on a layer, for all if set on the

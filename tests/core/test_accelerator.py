@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 
-from randlora import BasisBank, Choice, reference
+from randlora import BasisBank, Choice
 from randlora.bases.isometry import factor_shapes
 from randlora.core import machine, passes
 from randlora.core.kronecker import KroneckerOperator
 from randlora.core.operators import DenseOperator, SignOperator
 from randlora.functional import randlora_linear
 from tests.support.cases import KINDS, assert_close, case
-from tests.support.oracle import EVERY, agree
+from tests.support.oracle import EVERY, linear_agrees
 
 SIZES = [(1, 1, 1), (3, 5, 7), (6, 4, 20)]
 # Isometric bases of these sizes have two factors, one with rows cut; q, p and r.
@@ -63,16 +63,7 @@ def test_every_plan_gives_what_the_oracle_gives(as_an_accelerator, kind, sizes):
     for out, in_ in {(q, p), (p, q)}:
         c = case(BasisBank(kind, seed=2), out, in_, r, -(-p // r))
         for choice in EVERY:
-
-            def fast(b, x, weight, bias, lam, gamma, a, choice=choice, c=c):
-                return randlora_linear(
-                    x, weight, bias, lam, gamma, a, b, scaling=c.scaling, choice=choice
-                )
-
-            def slow(b, x, weight, bias, lam, gamma, a, c=c):
-                return reference.linear(x, weight, bias, a, b, lam, gamma, scaling=c.scaling)
-
-            agree(c, fast, slow, [c.x, c.weight, c.bias, c.lam, c.gamma, c.a])
+            linear_agrees(c, choice)
 
 
 def test_the_weight_is_left_as_it_is(as_an_accelerator):

@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim, export
 
-from randlora import BasisBank, Choice, RandLoRALinear, reference
+from randlora import BasisBank, Choice, RandLoRALinear
 from randlora.core.update import FactoredUpdate
-from randlora.functional import randlora_linear
 from tests.support.cases import KINDS, case
-from tests.support.oracle import EVERY, agree
+from tests.support.oracle import EVERY, linear_agrees
 
 ACTIVATIONS = Choice("activations", "activations", "activations")
 
@@ -27,17 +26,7 @@ def test_every_plan_gives_what_the_oracle_gives(kind, shape, monkeypatch):
     )
     monkeypatch.setattr("randlora.core.update.tile_width", lambda *_: 10)
     for tokens, choice in itertools.product((0, 1, 5, 6), EVERY):
-        c = case(BasisBank(kind, seed=2), *shape, 6, 4, lead=(tokens,))
-
-        def fast(b, x, weight, bias, lam, gamma, a, choice=choice, c=c):
-            return randlora_linear(
-                x, weight, bias, lam, gamma, a, b, scaling=c.scaling, choice=choice
-            )
-
-        def slow(b, x, weight, bias, lam, gamma, a, c=c):
-            return reference.linear(x, weight, bias, a, b, lam, gamma, scaling=c.scaling)
-
-        agree(c, fast, slow, [c.x, c.weight, c.bias, c.lam, c.gamma, c.a])
+        linear_agrees(case(BasisBank(kind, seed=2), *shape, 6, 4, lead=(tokens,)), choice)
     assert set(few) == {True, False}
 
 

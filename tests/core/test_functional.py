@@ -15,7 +15,7 @@ from randlora.core.update import FactoredUpdate
 from randlora.functional import delta_weight, effective_weight, randlora_linear
 from tests.support import cases
 from tests.support.cases import assert_close, case
-from tests.support.oracle import EXACT, SHAPES, agree, run
+from tests.support.oracle import EXACT, SHAPES, agree, linear_agrees, run
 
 BY_WEIGHT = Choice("weight", "weight", "weight")
 
@@ -42,13 +42,7 @@ def test_delta_weight_and_its_gradients_are_the_oracle_s(c):
 
 @given(cases.cases())
 def test_linear_and_all_its_gradients_are_the_oracle_s(c):
-    def fast(b, x, weight, bias, lam, gamma, a):
-        return randlora_linear(x, weight, bias, lam, gamma, a, b, scaling=c.scaling)
-
-    def slow(b, x, weight, bias, lam, gamma, a):
-        return reference.linear(x, weight, bias, a, b, lam, gamma, scaling=c.scaling)
-
-    agree(c, fast, slow, [c.x, c.weight, c.bias, c.lam, c.gamma, c.a])
+    linear_agrees(c)
 
 
 @given(cases.cases(), st.booleans(), st.booleans())

@@ -4,7 +4,9 @@ import itertools
 
 import torch
 
-from randlora import Choice
+from randlora import Choice, reference
+from randlora.core.planning import AUTOMATIC
+from randlora.functional import randlora_linear
 from tests.support.cases import assert_close
 
 # A few hundred roundings of float64, relative to the sum of the absolute values of the terms.
@@ -30,6 +32,18 @@ def agree(c, fast, slow, leaves):
     sizes = run(slow, b.abs(), [t.abs() for t in leaves], probe.abs())
     for one, other, size in zip(got, want, sizes, strict=True):
         assert_close(one, other, EXACT, size)
+
+
+def linear_agrees(c, choice=AUTOMATIC):
+    """Assert that the linear map of a case and all its gradients are the oracle's."""
+
+    def fast(b, x, weight, bias, lam, gamma, a):
+        return randlora_linear(x, weight, bias, lam, gamma, a, b, scaling=c.scaling, choice=choice)
+
+    def slow(b, x, weight, bias, lam, gamma, a):
+        return reference.linear(x, weight, bias, a, b, lam, gamma, scaling=c.scaling)
+
+    agree(c, fast, slow, [c.x, c.weight, c.bias, c.lam, c.gamma, c.a])
 
 
 WAYS = ("weight", "activations")
