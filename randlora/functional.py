@@ -133,43 +133,61 @@ def randlora_linear(
     if not isinstance(choice, Choice):
         raise TypeError(f"choice must be a planning.Choice, got {type(choice).__name__}")
     dtype = _dtype_or_default(dtype, a)
-    if _tracing():
-        # Through the weight, for any number of tokens.
+    if not _tracing():
+        _check_shapes(lam, gamma, a, b)
+        p, q = a.shape[1], b.shape[0]
+        if weight is not None:
+            _check_weight(weight, gamma, b)
+            in_features = weight.shape[1]
+        elif bias is not None:
+            raise ValueError(f"bias must be None without a weight, got shape {tuple(bias.shape)}")
+        else:
+            in_features = q if isinstance(x, Tensor) and x.ndim and x.shape[-1] == q else p
+        check_input(x, in_features, dtype)
+    return checked_linear(x, weight, bias, lam, gamma, a, b, dtype, scaling, choice, token)
+
+
+def checked_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lam: Tensor,
+    gamma: Tensor,
+    a: Tensor,
+    b: Operator,
+    dtype: torch.dtype,
+    scaling: float,
+    choice: Choice,
+    token: int,
+) -> Tensor:
+    """:func:`randlora_linear`, with arguments that are known to fit each other."""
+    compiling, p = torch.compiler.is_compiling(), a.shape[1]
+    if _tracing():  # through the weight, for any number of tokens
         if weight is not None:
             w = effective_weight(weight, lam, gamma, a, b, dtype, scaling=scaling)
         else:
             with _sizes_as_numbers():
-                wide = bool(x.shape[-1] > a.shape[1])
+                wide = bool(x.shape[-1] > p)
             w = delta_weight(lam, gamma, a, b, dtype, scaling=scaling, wide=wide)
         return F.linear(x, w, bias)
-    _check_shapes(lam, gamma, a, b)
-    p, q = a.shape[1], b.shape[0]
-    if weight is None:
-        if bias is not None:
-            raise ValueError(f"bias must be None without a weight, got shape {tuple(bias.shape)}")
-        in_features = q if isinstance(x, Tensor) and x.ndim and x.shape[-1] == q else p
-    else:
-        _check_weight(weight, gamma, b)
-        in_features = weight.shape[1]
-    check_input(x, in_features, dtype)
-    wide = in_features > p
-    tokens = x.numel() // in_features
-    grad_enabled = torch.is_grad_enabled()
+    recorded, in_features = torch.is_grad_enabled(), x.shape[-1]
+    tokens, wide = x.numel() // in_features, in_features > p
+    if compiling and not is_static(tokens):
+        tokens = UNKNOWN_TOKENS
     work = work_of(
-        tokens if is_static(tokens) else UNKNOWN_TOKENS,
+        tokens,
         a,
         b,
         wide,
         dtype,
-        needs_input=grad_enabled and x.requires_grad,
-        needs_parameters=grad_enabled and any(t.requires_grad for t in (lam, gamma, a)),
-        needs_weight=grad_enabled and weight is not None and weight.requires_grad,
+        needs_input=recorded and x.requires_grad,
+        needs_parameters=recorded and (lam.requires_grad or gamma.requires_grad or a.requires_grad),
+        needs_weight=recorded and weight is not None and weight.requires_grad,
         alone=weight is None,
     )
     # torch.compile warns about cached functions, so it gets the function behind the cache.
-    plan = (choose.__wrapped__ if torch.compiler.is_compiling() else choose)(work, choice)
-    outputs = _run(Linear, x, weight, bias, lam, gamma, a, b, scaling, plan, wide, token)
-    y: Tensor = outputs[0]
+    plan = (choose.__wrapped__ if compiling else choose)(work, choice)
+    y: Tensor = _run(Linear, x, weight, bias, lam, gamma, a, b, scaling, plan, wide, token)[0]
     return y
 
 
@@ -179,24 +197,22 @@ def work_of(
     b: Operator,
     wide: bool,
     dtype: torch.dtype | None = None,
-    **needs: bool,
+    *,
+    needs_input: bool = True,
+    needs_parameters: bool = True,
+    needs_weight: bool = False,
+    alone: bool = False,
 ) -> Work:
     """Describe a call to the planner.
 
-    ``dtype`` is that of the products, by default the one of ``a``. ``needs`` are the optional
-    fields of :class:`Work`.
+    ``dtype`` is that of the products, by default the one of ``a``. The rest are the fields of
+    :class:`Work`.
     """
-    return Work(
-        tokens=tokens,
-        p=a.shape[1],
-        q=b.shape[0],
-        m=b.shape[1],
-        wide=wide,
-        weight_cost=b.weight_cost,
-        token_cost=b.token_cost,
-        balance=1000 * machine_of(a.device).balance.get((dtype or a.dtype).itemsize, 0),
-        **needs,
-    )
+    (r, p), (q, m) = a.shape, b.shape
+    balance = machine_of(a.device).balance
+    moving = 1000 * balance.get((dtype or a.dtype).itemsize, 0) if balance else 0
+    needs = needs_input, needs_parameters, needs_weight, alone
+    return Work(tokens, p, q, m, m // r, wide, *needs, b.weight_cost, b.token_cost, moving)
 
 
 def is_static(size: int) -> bool:
@@ -211,7 +227,7 @@ def is_static(size: int) -> bool:
 
 
 def _tracing() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+    return torch._C._get_tracing_state() is not None and not torch.compiler.is_compiling()
 
 
 def _run(function: Any, *arguments: Any) -> Any:
@@ -219,10 +235,12 @@ def _run(function: Any, *arguments: Any) -> Any:
 
     A trace cannot record a function, and calling one takes longer than a small layer.
     """
-    compiling = torch.compiler.is_compiling()
-    if _tracing() or not (compiling or torch.is_grad_enabled() or transforming()):
-        return function.forward(*arguments)
-    return function.apply(*arguments)
+    if torch.compiler.is_compiling():
+        return function.apply(*arguments)
+    recorded = torch.is_grad_enabled() or transforming()
+    if recorded and torch._C._get_tracing_state() is None:
+        return function.apply(*arguments)
+    return function.forward(*arguments)
 
 
 def _sizes_as_numbers() -> AbstractContextManager[Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from randlora.bases.streams import BASE_A, BASE_B
 from randlora.core.gather import GatherOperator, gather_costs
 from randlora.core.kronecker import KroneckerOperator
+from randlora.core.matmul import in_place, transforming
 from randlora.core.operators import DenseOperator, Operator, SignOperator
 
 if TYPE_CHECKING:
@@ -65,6 +66,10 @@ class Store:
         # The sizes of these tensors: torch.jit.trace warns if code reads them from a tensor.
         self.sizes: dict[tuple[int, int], tuple[int, int]] = {}
         self.shaped: dict[tuple[int, int], _Shaped] = {}
+        self._scaled: dict[tuple[tuple[int, ...], float], Tensor] = {}
+        self.drawn = 0  # how often something was drawn
+        # What `operands` returned. These are views of the tensors, which they keep in memory.
+        self._found: dict[tuple[int, int, int, int], tuple[Tensor, Operator]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -77,6 +82,24 @@ class Store:
 
         Bases that are missing or too small are drawn first.
         """
+        sizes = r, p, q, m
+        if sizes in self._found:
+            return self._found[sizes]
+        if not in_place() or transforming():  # what is found now may not outlive this call
+            return self._find(*sizes)
+        with _aside():
+            found = self._found[sizes] = self._find(*sizes)
+        return found
+
+    def scaled(self, a: Tensor, factor: float) -> Tensor:
+        """``factor · A[:r, :p]`` in float32 or wider, shared by all layers that need the same."""
+        key = tuple(a.shape), factor
+        if key not in self._scaled:
+            wider = torch.promote_types(a.dtype, torch.float32)
+            self._scaled[key] = factor * a.to(wider)
+        return self._scaled[key]
+
+    def _find(self, r: int, p: int, q: int, m: int) -> tuple[Tensor, Operator]:
         bank = self.bank
         a = self._hold(BASE_A, r, p)
         # Gathering was measured on CPUs only. It is used if it is clearly faster: if its two costs
@@ -121,6 +144,8 @@ class Store:
         has = self.sizes.get(key, (0, 0))
         if has[0] < rows or has[1] < columns:
             refuse_to_draw_what_is_not_real()
+            self._found.clear()
+            self.drawn += 1
             self.tensors.pop(key, None)  # free the smaller one first, for a lower peak
             size = self.bank.sizes[base] = larger_size(self.bank.sizes[base], (rows, columns))
             if by_width:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from randlora.core.matmul import in_place, uses_onednn
+from randlora.core.matmul import cast, in_place, uses_onednn
 from randlora.core.operators import DenseOperator, Stored
 
 _TILE = 128  # columns gathered at a time: 3,000 rows of them fit into a cache of 1.5 MB
@@ -48,6 +48,7 @@ class GatherOperator(Stored):
     """
 
     by_columns = True
+    takes_float32 = False
 
     def __init__(
         self, signs: Tensor, scale: float, dtype: torch.dtype, unit: float | None = None
@@ -78,6 +79,7 @@ class GatherOperator(Stored):
         return self.tmm(x.T).T
 
     def tokens_addmm_(self, total: Tensor, h: Tensor, *, keep: bool = False) -> Tensor:
+        h = cast(h, total.dtype)
         if keep or not in_place():
             return total + self.mm(h.T).T
         for tile in _tiles(len(h)):

@@ -38,10 +38,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from randlora.core.matmul import addmm_, apply_to_parts, mm, mm_wider
+from randlora.core import few_tokens
+from randlora.core.matmul import addmm_, apply_to_parts, cast, mm, mm_wider
 from randlora.core.operators import Operator
-from randlora.core.planning import Plan
-from randlora.core.update import FactoredUpdate, Grads, Needs
+from randlora.core.planning import FEW_FOR_GRADS, Plan
+from randlora.core.update import FactoredUpdate, Grads, Needs, is_few
 
 
 def _mark(like: Tensor, token: int) -> Tensor | None:
@@ -69,9 +70,11 @@ def _owned(result: Tensor) -> Tensor:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast uses for matrix products, or None while autocast is off."""
-    kind = device.type
+    compiling, kind = torch.compiler.is_compiling(), device.type
+    if not compiling and not torch._C._is_any_autocast_enabled():
+        return None  # the fastest question
     # Dynamo of torch 2.11 cannot trace the question whether autocast is available.
-    compiling = torch.compiler.is_compiling() and kind != "meta"
+    compiling &= kind != "meta"
     if (compiling or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
@@ -152,25 +155,26 @@ class Linear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         with _autocast_off(x.device):
             update = FactoredUpdate(lam, gamma, a, b, scaling, wide, x.dtype)
-            bias = bias if bias is None else bias.to(x.dtype)
-            kept: list[Tensor] = []
-            by_activations = plan.forward == "activations"
-            if wide and (by_activations or plan.keeps == "xb"):
+            xb: Any
+            by_activations, keeps_xb = plan.forward == "activations", plan.keeps == "xb"
+            if by_activations and is_few(x, a, lam.shape[0]):
+                y, xb = few_linear(x, weight, bias, *update.factors(), b, wide)
+                kept: list[Tensor] = [cast(xb, x.dtype)] if keeps_xb else []
+                return (_owned(y), *map(_owned, kept))
+            kept = []
+            if wide and (by_activations or keeps_xb):
                 xb = b.tokens_mm(_rows(x))
-                kept = [xb] if plan.keeps == "xb" else []
+                kept = [xb] if keeps_xb else []
             if by_activations:
-                if weight is None:
-                    y = x.new_zeros(*x.shape[:-1], update.out_features)
-                else:
-                    y = F.linear(x, weight.to(x.dtype), bias)
+                y = _frozen(x, weight, bias, update.out_features)
                 shape, y = y.shape, _rows(y)
                 y = _add_through(update, y, xb) if wide else _add_back(update, y, _rows(x))
                 y = y.view(shape)
             elif plan.keep_weight:
                 w = update.whole(weight)
-                y, kept = F.linear(x, w, bias), [*kept, w]
+                y, kept = F.linear(x, w, _like(bias, x)), [*kept, w]
             else:
-                y = _by_weight(update, weight, x, bias)
+                y = _by_weight(update, weight, x, _like(bias, x))
             return (_owned(y), *map(_owned, kept))
 
     @staticmethod
@@ -250,6 +254,32 @@ class Linear(torch.autograd.Function):
         return dx, d_weight, d_bias, *found, None, None, None, None, None
 
 
+# shape: x (..., in), weight (out, in) -> (..., out), (T, m) or None
+def few_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lam: Tensor,
+    gamma: Tensor,
+    a: Tensor,
+    b: Operator,
+    wide: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The forward of few tokens, through the activations; and ``x B``, if wide.
+
+    ``lam``, ``gamma`` and ``a`` are :meth:`FactoredUpdate.factors`.
+    """
+    y, xb = _frozen(x, weight, bias, a.shape[1] if wide else b.shape[0]), None
+    y_rows = y.view(-1, y.shape[-1])
+    rows = x.view(-1, x.shape[-1]) if x.is_contiguous() else _rows(x)  # a view takes less time
+    if wide:
+        xb = b.tokens_mm(cast(rows, gamma.dtype) if b.takes_float32 else rows)
+        few_tokens.add_through_(y_rows, xb, lam, gamma, a)
+    else:
+        few_tokens.add_back_(y_rows, rows, lam, gamma, a, b)
+    return y, xb
+
+
 # Each call of a function binds its arguments to the signature of `forward`. Without this, torch
 # takes the signature apart anew in each call, which takes longer than a small layer.
 for _function in (EffectiveWeight, Linear):
@@ -274,7 +304,11 @@ def _parameter_grads(
     """
     wide, shares = update.wide, []
     of_q, of_p = (x, rows) if wide else (rows, x)  # with q and with p columns
-    for tile in update.tiles():
+    n = update.lam.shape[0]
+    if left is not None and dw is None and is_few(left, update.a, n, FEW_FOR_GRADS):
+        d_lam, d_gamma, d_a = few_tokens.grads(left, of_p, *update.factors(), needs)
+        shares.append((d_lam, d_gamma, d_a if d_a is None else update.scaling * d_a))
+    for tile in () if shares else update.tiles():
         if left is not None:
             p_tile = mm_wider(left.T, of_p[:, tile])  # (m, tile)
         elif d_weight is not None:
@@ -300,7 +334,19 @@ def _whole(shares: tuple[Any, ...], like: Tensor, dim: int | None = None) -> Ten
 
 # shape: x (..., k) -> (T, k)
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+# shape: x (..., in), weight (out, in) -> (..., out)
+def _frozen(x: Tensor, weight: Tensor | None, bias: Tensor | None, out: int) -> Tensor:
+    """What the plain layer computes, or zeros without a weight."""
+    if weight is None:
+        return x.new_zeros(*x.shape[:-1], out)
+    return F.linear(x, cast(weight, x.dtype), _like(bias, x))
+
+
+def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    return bias if bias is None else cast(bias, x.dtype)
 
 
 # shape: weight (out, in), x (..., in) -> (..., out)
@@ -343,9 +389,8 @@ def _add_through(update: FactoredUpdate, total: Tensor, left: Tensor) -> Tensor:
 
     ``left`` is ``x B`` if wide, ``dy B`` if tall.
     """
-    if update.is_few(left):
-        deltas = [update.times_c(left, tile) for tile in update.tiles()]
-        return (total + (deltas[0] if len(deltas) == 1 else torch.cat(deltas, 1))).to(total.dtype)
+    if is_few(left, update.a, update.lam.shape[0]):
+        return few_tokens.add_through_(total, left, *update.factors())
     return apply_to_parts(
         total, update.tiles(), 1, lambda part, tile: addmm_(part, left, update.c(tile))
     )
@@ -354,11 +399,9 @@ def _add_through(update: FactoredUpdate, total: Tensor, left: Tensor) -> Tensor:
 # shape: total (T, q), rows (T, p) -> (T, q)
 def _add_back(update: FactoredUpdate, total: Tensor, rows: Tensor) -> Tensor:
     """``total + rows Cᵀ Bᵀ``: the forward if tall, the gradient of the input if wide."""
+    if is_few(rows, update.a, update.lam.shape[0]):
+        return few_tokens.add_back_(total, rows, *update.factors(), update.b)
     first, *rest = update.tiles()
-    if update.is_few(rows):
-        parts = [update.times_c_transposed(rows[:, tile], tile) for tile in (first, *rest)]
-        inner = parts[0] if not rest else torch.stack(parts).sum(0)
-        return update.b.tokens_addmm_(total, inner)
     if update.b.by_columns:
         inner = mm(update.c(first), rows[:, first].T).T  # (T, m)
     else:

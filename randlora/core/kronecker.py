@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from randlora.core.machine import machine_of
-from randlora.core.matmul import addmm_, baddbmm_, bmm, in_place, mm, uses_onednn
+from randlora.core.matmul import added_, addmm_, baddbmm_, bmm, mm, uses_onednn
 from randlora.core.operators import DenseOperator, Stored
 
 Shape = tuple[int, int]
@@ -65,6 +65,12 @@ class KroneckerOperator(Stored):
         self.left, self.right, self.shape = left, right, shape
         (q1, m1), (q2, m2) = left.shape, right.shape
         self.scale = math.sqrt(q1 * q2)
+        # Small products in low precision take two or three times as long on a CPU.
+        self.takes_float32 = left.device.type == "cpu" and left.dtype.itemsize < 4
+        # With their transposes: to make a view takes as long as to multiply for one token.
+        self._factors = _with_transposes(left, right)
+        wider = (left.float(), right.float()) if self.takes_float32 else ()
+        self._in_float32 = _with_transposes(*wider) if wider else ()
         if machine_of(left.device).balance:  # its multiply-adds, which are few beside the passes
             self.weight_cost = self.token_cost = 1000 * q1 * m2 * (m1 + q2) // math.prod(shape)
             return
@@ -90,20 +96,37 @@ class KroneckerOperator(Stored):
         if total.shape[0] == q1 * q2 and total.is_contiguous():
             added = baddbmm_(total.view(q1, q2, -1), self.right, self._left_first(c), keep=keep)
             return added.view(total.shape)
-        return _added(total, self.mm(c), keep)
+        return added_(total, self.mm(c), keep=keep)
 
     def tokens_mm(self, x: Tensor) -> Tensor:
-        (q1, m1), (q2, m2), k = self.left.shape, self.right.shape, len(x)
-        blocks = mm(_padded(x, q1 * q2, 1).view(k * q1, q2), self.right).view(k, q1, m2)
-        return bmm(self.left.T, blocks).view(k, m1 * m2)[:, : self.shape[1]]
+        left, right, left_t, _ = self._factors_in(x.dtype)
+        (q1, m1), (q2, m2), k = left.shape, right.shape, x.shape[0]
+        blocks = mm(_padded(x, q1 * q2, 1).view(k * q1, q2), right)
+        if k == 1:  # no batch
+            product = torch.mm(left_t, blocks).view(1, m1 * m2)
+        else:
+            product = bmm(left_t, blocks.view(k, q1, m2)).view(k, m1 * m2)
+        return _cut(product, self.shape[1])
 
     def tokens_addmm_(self, total: Tensor, h: Tensor, *, keep: bool = False) -> Tensor:
-        (q1, m1), (q2, m2), k = self.left.shape, self.right.shape, len(h)
-        blocks = bmm(self.left, _padded(h, m1 * m2, 1).view(k, m1, m2)).view(k * q1, m2)
-        if total.shape[1] == q1 * q2 and total.is_contiguous():
+        left, right, _, right_t = self._factors_in(h.dtype)
+        (q1, m1), (q2, m2), k = left.shape, right.shape, h.shape[0]
+        h = _padded(h, m1 * m2, 1)
+        if k == 1:
+            blocks = torch.mm(left, h.view(m1, m2))
+        else:
+            blocks = bmm(left, h.view(k, m1, m2)).view(k * q1, m2)
+        if total.shape[1] == q1 * q2 and total.dtype == h.dtype and total.is_contiguous():
             rows = total.view(k * q1, q2)
-            return addmm_(rows, blocks, self.right.T, keep=keep).view(total.shape)
-        return _added(total, mm(blocks, self.right.T).view(k, q1 * q2)[:, : self.shape[0]], keep)
+            added = addmm_(rows, blocks, right_t, keep=keep)
+            return total if added is rows else added.view(total.shape)
+        product = _cut(mm(blocks, right_t).view(k, q1 * q2), self.shape[0])
+        return added_(total, product, keep=keep)
+
+    def _factors_in(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        if dtype == self.left.dtype:
+            return self._factors
+        return self._in_float32 or _with_transposes(self.left.to(dtype), self.right.to(dtype))
 
     def rows(self, places: Tensor, dtype: torch.dtype) -> DenseOperator:
         q2 = len(self.right)
@@ -117,8 +140,12 @@ class KroneckerOperator(Stored):
         return mm(self.left, _padded(c, m1 * m2, 0).view(m1, m2 * k)).view(q1, m2, k)
 
 
-def _added(total: Tensor, product: Tensor, keep: bool) -> Tensor:
-    return total.add_(product) if in_place() and not keep else total + product
+def _with_transposes(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return left, right, left.T, right.T
+
+
+def _cut(matrix: Tensor, columns: int) -> Tensor:
+    return matrix if matrix.shape[1] == columns else matrix[:, :columns]
 
 
 def _padded(matrix: Tensor, size: int, dim: int) -> Tensor:

@@ -89,14 +89,21 @@ def uses_onednn(dtype: torch.dtype, device: torch.device) -> bool:
 def in_place() -> bool:
     """Whether code may overwrite intermediate results.
 
-    It may not while a compiler or a trace records the operations, or under a dispatch mode: a mode
-    can keep the result of each operation, as selective checkpointing does.
+    It may not while a compiler or a trace records the operations; under a dispatch mode, which can
+    keep the result of each operation, as selective checkpointing does; and under a transform of
+    ``torch.func``, in which a result can have fewer dimensions than what is added to it.
     """
     return (
         not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
     )
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype``, faster than ``to`` if it has it."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def transforming() -> bool:
@@ -182,6 +189,14 @@ def addmm_(
     return total
 
 
+# shape: total and product (i, k) -> (i, k)
+def added_(total: Tensor, product: Tensor, *, keep: bool = False) -> Tensor:
+    """``total + product``, which may be wider. ``keep`` leaves ``total`` as it is."""
+    if in_place() and not keep:
+        return total.add_(product)
+    return cast(total + product, total.dtype)
+
+
 # shape: a (i, j), blocks (k, j, c) -> (k, i, c)
 def bmm(a: Tensor, blocks: Tensor) -> Tensor:
     """``a`` times each of ``blocks``."""
@@ -216,7 +231,7 @@ def is_plain(*matrices: Tensor) -> bool:
 
 def _upcasts(a: Tensor, b: Tensor) -> bool:
     """Whether the product is computed in float32, because the CPU has no units for its dtype."""
-    low = a.dtype == b.dtype and a.dtype in UPCAST_DTYPES and a.device.type == "cpu"
+    low = a.dtype in UPCAST_DTYPES and a.dtype == b.dtype and a.device.type == "cpu"
     return low and is_plain(a, b)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from randlora.core.machine import machine_of
-from randlora.core.matmul import addmm_, apply_to_parts, mm
+from randlora.core.matmul import addmm_, apply_to_parts, cast, mm
 
 
 class Operator(Protocol):
@@ -24,12 +24,15 @@ class Operator(Protocol):
     ``mm``, ``tmm`` and ``addmm_`` take matrices with columns of the weight. ``tokens_mm`` and
     ``tokens_addmm_`` take tokens. If ``by_columns``, ``tokens_mm`` returns ``(k, m)`` stored by
     columns, and ``tokens_addmm_`` is fastest if ``h`` is, too. Results are in the dtype of the
-    argument. ``addmm_`` and ``tokens_addmm_`` may overwrite ``total``, as in
-    :mod:`randlora.core.matmul`, unless ``keep``. In low precision, dense products are rounded once.
+    argument, sums in that of ``total``. If ``takes_float32``, products with few tokens are faster
+    in float32. ``addmm_`` and ``tokens_addmm_`` overwrite ``total`` where
+    :func:`randlora.core.matmul.in_place` allows it, unless ``keep``. In low precision, dense
+    products are rounded once.
     """
 
     scale: float
     by_columns: bool
+    takes_float32: bool
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,25 +80,21 @@ class Stored:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors_of(self))
+        storages = [tensor.untyped_storage() for tensor in tensors_of(self)]
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 class _Entries(Stored):
     """A unit base of which every entry is stored."""
 
     weight_cost = token_cost = 1000
-    by_columns = False
+    by_columns = takes_float32 = False
 
     def __init__(self, entries: Tensor, scale: float = 1.0, unit: float | None = None) -> None:
         self.entries = entries
+        self.shape = entries.shape[0], entries.shape[1]
         self.scale = scale
         self.unit = unit  # products multiply the entries by this power of two; None means 1
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(q, m)``."""
-        q, m = self.entries.shape
-        return q, m
 
     def rows(self, places: Tensor, dtype: torch.dtype) -> DenseOperator:
         return DenseOperator(self.entries[places].to(dtype), self.scale, self.unit)
@@ -117,7 +116,7 @@ class DenseOperator(_Entries):
         return mm(x, self.entries, self.unit)
 
     def tokens_addmm_(self, total: Tensor, h: Tensor, *, keep: bool = False) -> Tensor:
-        return addmm_(total, h, self.entries.T, self.unit, keep=keep)
+        return addmm_(total, cast(h, total.dtype), self.entries.T, self.unit, keep=keep)
 
 
 class SignOperator(_Entries):
@@ -143,6 +142,7 @@ class SignOperator(_Entries):
         return _joined([mm(x, signs, self.unit) for signs in self._cast(1, x.dtype)], 1)
 
     def tokens_addmm_(self, total: Tensor, h: Tensor, *, keep: bool = False) -> Tensor:
+        h = cast(h, total.dtype)
 
         def plus(part: Tensor, rows: slice) -> Tensor:
             return addmm_(part, h, self.entries[rows].to(h.dtype).T, self.unit, keep=keep)

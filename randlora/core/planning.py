@@ -20,7 +20,7 @@ and ``β_a`` are 1 for a dense basis. An operator that is cheaper to apply state
 On an accelerator, moving numbers can take longer than multiplying them. There a product costs the
 larger of its multiply-adds and of the numbers that it reads and writes, times the ``balance`` of
 the machine (:mod:`randlora.core.machine`). A product with ``C`` forms it first, and one that gives
-``P`` leaves it to be read.
+``P`` leaves it to be read. For :func:`few` tokens, neither is formed.
 
 Costs are integers, and this module does not import torch.
 """
@@ -30,24 +30,25 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 __all__ = ["AUTOMATIC", "UNKNOWN_TOKENS", "WAYS", "Choice", "Plan", "Way", "Work"]
-__all__ += ["choose", "cost", "plans", "saved_numel"]
+__all__ += ["choose", "cost", "few", "plans", "saved_numel"]
 
 Way: TypeAlias = Literal["weight", "activations"]
 WAYS: tuple[Way, Way] = ("weight", "activations")
+FEW_FOR_GRADS = 8  # see `few`
 UNKNOWN_TOKENS = 4096  # assumed if the number is unknown, as in a graph for any batch size
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):  # one is made and hashed in each call, faster than a dataclass
     """One call of a layer: its sizes, the gradients that it needs, and the costs of its ``B``."""
 
     tokens: int  # T
     p: int  # min(out, in)
     q: int  # max(out, in)
     m: int  # the columns of B, n·r
+    n: int  # the number of bases
     wide: bool  # whether out < in
     needs_input: bool = True  # whether the gradient of x is needed
     needs_parameters: bool = True  # whether the gradient of Λ or Γ is needed
@@ -100,6 +101,17 @@ class Choice:
 AUTOMATIC = Choice()
 
 
+def few(tokens: int, n: int, times: int = 2) -> bool:
+    """Whether tokens are so few that products with ``C`` are faster without it, from ``A ∘ x``.
+
+    It has ``T r p`` numbers, ``C`` has ``n r p``. Without ``C`` the products are smaller, so their
+    rate is lower; measured on two cores (``benchmarks/README.md``). The gradients of ``Λ`` and
+    ``Γ`` take two products instead of one without ``P``, so for them ``times`` is
+    :data:`FEW_FOR_GRADS`.
+    """
+    return times * tokens <= min(n, 64)
+
+
 def plans(work: Work) -> list[Plan]:
     """All plans that are possible for ``work``."""
     found = []
@@ -129,12 +141,15 @@ def cost(work: Work, plan: Plan) -> int:
     add_weight = price(work.weight_cost * m * q * p, 2 * (m * p + q * p))  # B C
     weight = price(work.weight_cost * m * q * p, 2 * m * p + q * p)  # Bᵀ G
     tokens = price(work.token_cost * m * q * t, t * (q + m))  # x B, dy B, or h Bᵀ
-    small = price(1000 * t * m * p, t * (m + p) + 2 * m * p)  # with C, or P from tokens
+    with_c = price(1000 * t * m * p, t * (m + p) + 2 * m * p)  # with C, or P from tokens
+    without = price(1000 * t * m * p, t * (m + p) + 2 * t * (m // work.n) * p + work.n * p)
+    product = without if few(t, work.n) else with_c
+    gradients = 2 * without if few(t, work.n, FEW_FOR_GRADS) else with_c
     # G; as much as a product of the frozen layer
     gradient = price(1000 * t * p * q, t * (p + q) + p * q)
     ways = plan.forward, plan.grad_input, plan.grad_parameters
     forward, grad_input, grad_parameters = [way == "activations" for way in ways]
-    total = small * (forward + grad_input + grad_parameters)
+    total = product * (forward + grad_input) + gradients * grad_parameters
     if not forward:
         total += add_weight + gradient * work.alone
     if work.needs_input and not grad_input:

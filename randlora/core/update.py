@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from randlora.core.machine import machine_of
-from randlora.core.matmul import apply_to_parts, in_place, mm
+from randlora.core.matmul import apply_to_parts, cast, in_place
 from randlora.core.operators import Operator
 from randlora.core.passes import coefficient_grads, coefficients
+from randlora.core.planning import few
 
 # The limit for a temporary matrix of the shape of the weight, of C or of P. To change it, assign to
 # it in this module. A layer of 14336 x 4096 in float32 is just within it. The output of a larger
@@ -29,6 +30,18 @@ Grads: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 def tile_width(rows: int, itemsize: int) -> int:
     """The number of columns of a tile: as many as ``TRANSIENT_BYTES`` allows, at least 128."""
     return max(128, TRANSIENT_BYTES // (rows * itemsize))
+
+
+# shape: x (..., k), a (r, p)
+def is_few(x: Tensor, a: Tensor, n: int, times: int = 2) -> bool:
+    """Whether products of these tokens are computed without ``C`` or ``P``.
+
+    Not in a graph, which may be for any number of tokens.
+    """
+    if not in_place():
+        return False
+    tokens = x.numel() // x.shape[-1]
+    return few(tokens, n, times) and 8 * tokens * a.numel() <= TRANSIENT_BYTES
 
 
 class FactoredUpdate:
@@ -51,11 +64,11 @@ class FactoredUpdate:
         self.lam, self.gamma, self.a, self.b, self.wide = lam, gamma, a, b, wide
         self.scaling = scaling * b.scale
         self.dtype = a.dtype if dtype is None else dtype
-        self.wider = torch.float32
-        for other in (lam.dtype, a.dtype, self.dtype):
-            self.wider = torch.promote_types(self.wider, other)
+        wide_ones = torch.float64 in (lam.dtype, a.dtype, self.dtype)
+        self.wider = torch.float64 if wide_ones else torch.float32
         self.dim = 0 if wide else 1  # the dimension of the weight that has size p
         self.machine = machine_of(lam.device)
+        self.eager = in_place()
 
     @property
     def out_features(self) -> int:
@@ -77,45 +90,36 @@ class FactoredUpdate:
 
         An accelerator can store it by columns; a CPU stores it by rows.
         """
-        lam, gamma = self.scaling * self.lam.to(self.wider), self.gamma[:, tile].to(self.wider)
+        lam, gamma, a = self._factors(tile)
         if self.machine.balance:
-            return coefficients(lam, gamma, self.a[:, tile], self.dtype, by_columns)
-        return _times(self._outer(lam, gamma), self.a[:, tile]).flatten(0, 1).to(self.dtype)
+            return coefficients(lam, gamma, a, self.dtype, by_columns)
+        return self._times(self._outer(lam, gamma), a).flatten(0, 1).to(self.dtype)
 
-    def is_few(self, rows: Tensor) -> bool:
-        """Whether products of these tokens with ``C`` are computed without it, from fewer numbers.
+    # shape: -> (n, r), (n, tile), (r, tile)
+    def _factors(self, tile: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """``scaling · Λ`` and ``Γ`` in the wider dtype, and ``A``."""
+        lam, gamma = cast(self.lam, self.wider), cast(self.gamma, self.wider)
+        return self.scaling * lam, columns(gamma, tile), columns(self.a, tile)
 
-        Not in a graph for any number of tokens, and not in float16: without ``Γ``, what is summed
-        can exceed its range.
-        """
-        eager = in_place() and self.dtype != torch.float16
-        return eager and rows.shape[0] < self.lam.shape[1]
-
-    # shape: left (T, m) -> (T, tile)
-    def times_c(self, left: Tensor, tile: slice) -> Tensor:
-        """``left · scaling · C`` without ``C``: ``n p`` numbers for a token instead of ``m p``.
-
-        In the wider dtype, to be rounded once after it is added.
-        """
-        lam = self.scaling * self.lam.to(self.wider)
-        scaled = (left.reshape(-1, *lam.shape) * lam).to(self.dtype)  # (T, n, r)
-        by_base = mm(scaled.flatten(0, 1), self.a[:, tile].to(self.dtype))
-        by_base = by_base.view(*scaled.shape[:2], by_base.shape[1])  # (T, n, tile)
-        return (by_base * self.gamma[:, tile].to(self.wider)).sum(1)
-
-    # shape: rows (T, tile) -> (T, m)
-    def times_c_transposed(self, rows: Tensor, tile: slice) -> Tensor:
-        """``rows · scaling · Cᵀ``, as above."""
-        gamma, lam = self.gamma[:, tile].to(self.wider), self.scaling * self.lam.to(self.wider)
-        by_base = (rows.unsqueeze(1) * gamma).to(self.dtype)  # (T, n, tile)
-        product = mm(by_base.flatten(0, 1), self.a[:, tile].T.to(self.dtype))
-        return (product.view(-1, *lam.shape) * lam).flatten(1).to(self.dtype)
+    # shape: -> (n, r), (n, p), (r, p)
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``Λ``, ``Γ`` and ``scaling · A`` in the wider dtype."""
+        lam, gamma, a = (cast(t, self.wider) for t in (self.lam, self.gamma, self.a))
+        return lam, gamma, self.scaling * a
 
     # shape: lam (n, r), gamma (n, tile) -> (n, r, tile)
     def _outer(self, lam: Tensor, gamma: Tensor) -> Tensor:
         """``Λ[j,k] Γ[j,c]``. An accelerator could round a matrix product to TF32."""
         lam, gamma = lam.unsqueeze(2), gamma.unsqueeze(1)
         return lam * gamma if self.machine.balance else lam @ gamma  # on a CPU this is faster
+
+    def _times(self, product: Tensor, other: Tensor) -> Tensor:
+        """``product * other``, in place if that is allowed.
+
+        The second derivative by ``other`` needs the product as it was before.
+        """
+        recorded = torch.is_grad_enabled() and other.requires_grad
+        return product.mul_(other) if self.eager and not recorded else product * other
 
     # shape: weight (out, in) -> (out, in)
     def whole(self, weight: Tensor | None) -> Tensor:
@@ -147,7 +151,7 @@ class FactoredUpdate:
 
     def _adds_in_place(self) -> bool:
         """Whether the update is added to a copy of the weight, in parts, or else to the weight."""
-        return in_place() and bool(self.machine.part_bytes)
+        return self.eager and bool(self.machine.part_bytes)
 
     # shape: -> (q, tile), (tile, q) if wide
     def _delta(self, tile: slice) -> Tensor:
@@ -165,7 +169,7 @@ class FactoredUpdate:
                 return self.b.tokens_addmm_(total, self.c(tile, by_columns=True).T, keep=True)
             return self.b.addmm_(total, self.c(tile), keep=True)
         width = size = tile.stop - tile.start
-        if in_place():  # in parts, so that C is never in memory as a whole
+        if self.eager:  # in parts, so that C is never in memory as a whole
             width = max(128, self.machine.part_bytes // (self.b.shape[1] * self.dtype.itemsize))
 
         def plus(part: Tensor, at: slice) -> Tensor:
@@ -191,19 +195,19 @@ class FactoredUpdate:
     # shape: p_tile (m, tile) -> (n, r), (n, tile), (r, tile)
     def parameter_grads(self, p_tile: Tensor, tile: slice, needs: Needs) -> Grads:
         """The tile's share of ``dΛ``, columns of ``dΓ`` and ``dA``. May overwrite ``p_tile``."""
-        lam, gamma = self.scaling * self.lam.to(self.wider), self.gamma[:, tile].to(self.wider)
+        lam, gamma, a = self._factors(tile)
         d_lam = d_gamma = d_a = None
         if self.machine.balance and (needs[0] or needs[1]):
-            d_lam, d_gamma = coefficient_grads(p_tile, lam, gamma, self.a[:, tile])
+            d_lam, d_gamma = coefficient_grads(p_tile, lam, gamma, a)
             d_lam = self.scaling * d_lam if needs[0] else None
             d_gamma, needs = d_gamma if needs[1] else None, (False, False, needs[2])
         if not any(needs):
             return d_lam, d_gamma, d_a
         by_base = p_tile.reshape(*self.lam.shape, -1).to(self.wider)  # (n, r, tile)
         if needs[2]:
-            d_a = _times(self._outer(lam, gamma), by_base).sum(0)
+            d_a = self._times(self._outer(lam, gamma), by_base).sum(0)
         if needs[0] or needs[1]:
-            by_base = _times(by_base, self.a[:, tile])
+            by_base = self._times(by_base, a)
         if needs[0]:
             d_lam = ((self.scaling * gamma).unsqueeze(1) @ by_base.transpose(1, 2)).squeeze(1)
         if needs[1]:
@@ -211,13 +215,10 @@ class FactoredUpdate:
         return d_lam, d_gamma, d_a
 
 
-def _times(product: Tensor, other: Tensor) -> Tensor:
-    """``product * other``, in place if that is allowed.
-
-    The second derivative by ``other`` needs the product as it was before.
-    """
-    recorded = torch.is_grad_enabled() and other.requires_grad
-    return product.mul_(other) if in_place() and not recorded else product * other
+# shape: matrix (i, p) -> (i, tile)
+def columns(matrix: Tensor, tile: slice) -> Tensor:
+    """The columns of one tile; the matrix itself if these are all."""
+    return matrix if tile.stop - tile.start == matrix.shape[1] else matrix[:, tile]
 
 
 def _laid_out(matrix: Tensor, like: Tensor) -> Tensor:

@@ -85,6 +85,7 @@ class AdaptedModule:
             if old != new:
                 update.forget_bases()
                 update.draw_bases(self)  # type: ignore[arg-type]
+        state_of(self).one_token = None
         refresh_merged_weights(self)
         return self
 
@@ -186,6 +187,7 @@ def install(
     changes the module's class to an adapted one.
     """
     state: AdapterState = vars(module).setdefault("_randlora", AdapterState())
+    state.one_token = None
     for update, parameters in updates.items():
         state.updates.setdefault(adapter, {})[update.spec.parameter] = update
         for key, parameter in zip(update.parameter_names, parameters, strict=True):
@@ -213,6 +215,7 @@ def _delete_adapter(module: Any, adapter: str) -> None:
             parametrize.remove_parametrizations(module, key)
         for registry in (module._parameters, module._buffers):
             registry.pop(key, None)
+    state.one_token = None
     state.updates.pop(adapter, None)
     state.copies.pop(adapter, None)
     state.fully_trained.discard(adapter)

@@ -42,7 +42,7 @@ def active_tensor(module: Any, name: str) -> Tensor:
         return base
     try:
         if state.merged:
-            return _read_merged_weight(module, name)
+            return read_merged_weight(module, name)
         cache = state.call_caches.get(thread_id())
         if cache is None or cache.hooks != saved_tensor_hooks():
             # Other hooks mean a checkpointed part of the call. Backward recomputes this part after
@@ -162,12 +162,6 @@ def merged_weight(module: Any, parameter: str) -> Tensor:
         return _compute_effective_weight(module, module._randlora.active_updates[parameter])
 
 
-def source_tensors(module: Any, parameter: str) -> tuple[Tensor, ...]:
-    """Return the tensors that an effective weight is computed from: ``W0``, ``Λ``, ``Γ``, ``A``."""
-    update = module._randlora.active_updates[parameter]
-    return module._parameters[parameter], *update.parameters(module)
-
-
 def set_merged_weight(module: Any, parameter: str, weight: Tensor) -> None:
     """Store ``W0 + ΔW``, with which the merged module computes from now on.
 
@@ -175,7 +169,9 @@ def set_merged_weight(module: Any, parameter: str, weight: Tensor) -> None:
     notice that. But while the module has other tensors in their places (as in
     ``torch.func.functional_call``), ``W0 + ΔW`` is computed from those instead.
     """
-    module._randlora.merged_weights[parameter] = source_tensors(module, parameter), weight
+    update = module._randlora.active_updates[parameter]
+    tensors = module._parameters[parameter], *update.parameters(module)
+    module._randlora.merged_weights[parameter] = update.names, tensors, weight
 
 
 def refresh_merged_weights(module: Any) -> None:
@@ -190,17 +186,21 @@ def refresh_merged_weights(module: Any) -> None:
             set_merged_weight(module, parameter, merged_weight(module, parameter))
 
 
-def _read_merged_weight(module: Any, parameter: str) -> Tensor:
+def read_merged_weight(module: Any, parameter: str) -> Tensor:
+    """Return ``W0 + ΔW`` of a merged module, or raise if it should get a gradient."""
     state: AdapterState = module._randlora
-    trained = any(t.requires_grad for t in state.active_updates[parameter].parameters(module))
-    if module.training and trained and torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{type(module).__name__} is merged, so its update gets no gradient; call "
-            "randlora.unmerge(model) to train it, or model.eval() to use it"
-        )
-    tensors, weight = state.merged_weights[parameter]
+    if module.training and torch.is_grad_enabled():
+        update = state.active_updates[parameter]
+        if any(tensor.requires_grad for tensor in update.parameters(module)):
+            raise RuntimeError(
+                f"{type(module).__name__} is merged, so its update gets no gradient; call "
+                "randlora.unmerge(model) to train it, or model.eval() to use it"
+            )
+    names, tensors, weight = state.merged_weights[parameter]
     if torch.compiler.is_compiling():
         return weight
-    current = source_tensors(module, parameter)
-    same = all(one is other for one, other in zip(tensors, current, strict=True))
-    return weight if same else merged_weight(module, parameter)
+    own = module._parameters
+    for name, tensor in zip(names, tensors, strict=True):
+        if own.get(name) is not tensor:
+            return merged_weight(module, parameter)
+    return weight

@@ -14,13 +14,15 @@ from torch.fx import Proxy
 from randlora.bases.bank import BasisBank
 from randlora.core.checks import as_positive_int
 from randlora.core.kernel import autocast_dtype
+from randlora.core.matmul import in_place
 from randlora.core.operators import Operator
 from randlora.core.planning import AUTOMATIC, Choice, Plan, choose
-from randlora.functional import check_input, randlora_linear, work_of
+from randlora.functional import check_input, checked_linear, work_of
 from randlora.modules.adapted import AdaptedModule, install, reset
 from randlora.modules.classes import adapted_class
-from randlora.modules.effective import active_tensor, delta_of
+from randlora.modules.effective import active_tensor, delta_of, read_merged_weight
 from randlora.modules.fx import call_node
+from randlora.modules.one_token import OneToken
 from randlora.modules.weight_update import (
     DEFAULT,
     Settings,
@@ -256,25 +258,35 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
         """
         if isinstance(input, Proxy):
             return call_node(self, (input,), {})
-        weight, bias = self.base_weight, self.bias
         state = self._randlora
+        if "weight" in state.merged_weights and not state.reads_base and state.is_enabled():
+            return F.linear(input, read_merged_weight(self, "weight"), self.bias)
+        recorded, one = torch.is_grad_enabled(), state.one_token
+        if one is not None and not recorded and one.fits(self, input) and state.is_enabled():
+            return one(input, self.bias)  # type: ignore[no-any-return]
         update = state.active_update("weight")
-        if state.merged or update is None or getattr(input, "is_nested", False):
-            return F.linear(input, self.weight, bias)
+        if update is None or getattr(input, "is_nested", False):
+            return F.linear(input, self.weight, self.bias)
+        weight, bias = self.base_weight, self.bias
         dtype = autocast_dtype(weight.device)
         if dtype is None or weight.dtype == torch.float64:  # autocast does not change float64
             dtype = weight.dtype
         elif isinstance(input, Tensor) and input.is_floating_point():
             input = input.to(dtype)
         check_input(input, self.in_features, dtype)
-        operands = update.factors(self, weight.device, dtype)
-        scaling, dropout = update.settings.scaling, update.settings.dropout
-        keywords: Any = {"scaling": scaling, "choice": self.choice, "token": state.checkpoint_token}
-        if self.training and dropout:
-            dropped = F.dropout(input, dropout)
+        if not recorded and in_place() and input.numel() == self.in_features:
+            one = state.one_token = OneToken(self, update)
+            if one.fits(self, input):
+                return one(input, bias)
+        factors = update.factors(self, weight.device, dtype)
+        token = state.checkpoint_token if recorded else 0
+        settings = update.settings
+        rest = settings.scaling, self.choice, token
+        if self.training and settings.dropout:
+            dropped = F.dropout(input, settings.dropout)
             frozen = F.linear(input, weight, bias)
-            return frozen + randlora_linear(dropped, None, None, *operands, **keywords)
-        return randlora_linear(input, weight, bias, *operands, **keywords)
+            return frozen + checked_linear(dropped, None, None, *factors, *rest)
+        return checked_linear(input, weight, bias, *factors, *rest)
 
     def plan(self, tokens: int, *, needs_input: bool = True) -> Plan:
         """Return the plan of a training step without autocast and dropout.

@@ -36,8 +36,9 @@ class AdapterState:
         self.fully_trained: set[str] = set()  # adapters that train the whole module
         self.active = DEFAULT  # the active adapter, which need not have anything in this module
         self.merged = False  # whether the module computes with merged weights
-        # By parameter: the tensors that W0 + ΔW was computed from, and W0 + ΔW.
-        self.merged_weights: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
+        # By parameter: names and tensors of what W0 + ΔW was computed from, and W0 + ΔW.
+        self.merged_weights: dict[str, tuple[tuple[str, ...], tuple[Tensor, ...], Tensor]] = {}
+        self.one_token: Any = None  # a linear layer's prepared call, see `modules.one_token`
         self.call_caches: dict[int, CallCache] = {}  # of each thread that is in a call
         self.reads_base = False  # whether names mean the originals, see `base_tensors`
         self.disabled_scopes: list[DisabledScope] = []
@@ -57,7 +58,7 @@ class AdapterState:
 
     def is_enabled(self) -> bool:
         """Whether the active adapter is used here: no disabled scope is open in this context."""
-        scope = innermost_scope(self)
+        scope = innermost_scope(self) if self.disabled_scopes else None
         if not torch.compiler.is_compiling():
             self._check_recomputed(scope)
         return scope is None
@@ -96,7 +97,7 @@ class AdapterState:
     def activate(self, adapter: str) -> None:
         """Make ``adapter`` the active one."""
         if adapter != self.active:
-            self.active = adapter
+            self.active, self.one_token = adapter, None
             self.earlier_forward_adapters |= self.forward_adapters
             self.forward_adapters = set()
 

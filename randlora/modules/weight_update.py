@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -133,6 +134,9 @@ class Settings:
         return self.rank, spec.p, spec.q, self.num_bases * self.rank
 
 
+_SHARED: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+
 class WeightUpdate:
     """The update ``ΔW`` of one weight: everything but its trained tensors.
 
@@ -141,18 +145,17 @@ class WeightUpdate:
 
     def __init__(self, name: str, spec: WeightSpec, settings: Settings, bank: BasisBank) -> None:
         self.spec, self.settings, self.bank = spec, settings, bank
+        self.sizes = settings.sizes(spec)
         prefix = "" if name == DEFAULT else f"{name}_"
         prefix += "" if spec.parameter == "weight" else f"{spec.parameter}_"
-        # The names of the trained tensors.
-        self.parameter_names = tuple(f"{prefix}randlora_{name}" for name in self._symbols)
+        # The names of the weight and of the trained tensors. Interned ones are found faster, and so
+        # are tuples that layers share.
+        names = spec.parameter, *(f"{prefix}randlora_{name}" for name in self._symbols)
+        self.names = _SHARED.setdefault(names, tuple(map(sys.intern, names)))
+        self.parameter_names = self.names[1:]
         self._stores: dict[tuple[torch.device, torch.dtype], Store] = {}
         # A and B for compiled code.
         self.compiled_operands: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Operator]] = {}
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """See :meth:`Settings.sizes`."""
-        return self.settings.sizes(self.spec)
 
     @property
     def _symbols(self) -> tuple[str, ...]:
@@ -177,7 +180,7 @@ class WeightUpdate:
         """Return the trained tensors of a module: ``Λ``, ``Γ`` and, with ``train_a``, ``A``."""
         own: Any = module._parameters
         # A parametrized one is not in `_parameters`: reading the attribute computes it.
-        return tuple(own[n] if n in own else getattr(module, n) for n in self.parameter_names)
+        return tuple([own[n] if n in own else getattr(module, n) for n in self.parameter_names])
 
     def make_parameters(self, device: torch.device) -> tuple[nn.Parameter, ...]:
         """Return new trained tensors in float32, with the values at which ``ΔW = 0``."""
@@ -205,10 +208,14 @@ class WeightUpdate:
         if torch.compiler.is_dynamo_compiling():
             _fill_compiled_operands(self, device, dtype)
             return self.compiled_operands[device, dtype]
-        key = device, dtype
-        if key not in self._stores:
-            self._stores[key] = self.bank.store(*key)
-        return self._stores[key].operands(*self.sizes)
+        return self.store(device, dtype).operands(*self.sizes)
+
+    def store(self, device: torch.device, dtype: torch.dtype) -> Store:
+        """Return the bank's store for a device and a dtype."""
+        store = self._stores.get((device, dtype))
+        if store is None:
+            store = self._stores[device, dtype] = self.bank.store(device, dtype)
+        return store
 
     def draw_bases(self, module: nn.Module) -> None:
         """Draw the bases for the device and dtype of the weight, unless it is on ``meta``.

@@ -1,4 +1,4 @@
-"""Fewer tokens than the rank: products with ``C`` are computed without it."""
+"""Few tokens: products with ``C``, and gradients, are computed without it."""
 
 import itertools
 
@@ -9,7 +9,8 @@ from torch import nn
 from torch.export import Dim, export
 
 from randlora import BasisBank, Choice, RandLoRALinear
-from randlora.core.update import FactoredUpdate
+from randlora.core import kernel, update
+from randlora.core.planning import FEW_FOR_GRADS
 from tests.support.cases import KINDS, case
 from tests.support.oracle import EVERY, linear_agrees
 
@@ -18,16 +19,20 @@ ACTIVATIONS = Choice("activations", "activations", "activations")
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
-def test_every_plan_gives_what_the_oracle_gives(kind, shape, monkeypatch):
-    few = []
-    original = FactoredUpdate.is_few
-    monkeypatch.setattr(
-        FactoredUpdate, "is_few", lambda s, x: few.append(original(s, x)) or few[-1]
-    )
-    monkeypatch.setattr("randlora.core.update.tile_width", lambda *_: 10)
-    for tokens, choice in itertools.product((0, 1, 5, 6), EVERY):
-        linear_agrees(case(BasisBank(kind, seed=2), *shape, 6, 4, lead=(tokens,)), choice)
-    assert set(few) == {True, False}
+@pytest.mark.parametrize("tiled", [False, True])
+def test_every_plan_gives_what_the_oracle_gives(tiled, kind, shape, monkeypatch):
+    found = set()
+
+    def is_few(*arguments):
+        found.add((arguments[3:], is_it := update.is_few(*arguments)))
+        return is_it
+
+    monkeypatch.setattr(kernel, "is_few", is_few)
+    if tiled:
+        monkeypatch.setattr("randlora.core.update.tile_width", lambda *_: 10)
+    for tokens, choice in itertools.product((0, 1, 3, 4, 12, 13), EVERY):
+        linear_agrees(case(BasisBank(kind, seed=2), *shape, 1, 24, lead=(tokens,)), choice)
+    assert found == {(times, is_it) for times in ((), (FEW_FOR_GRADS,)) for is_it in (True, False)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -50,7 +50,7 @@ def test_every_plan_gives_what_the_oracle_gives(c, needs_weight, tiled):
     """For every plan, in one piece or in tiles of columns."""
     needed = [True, needs_weight, True, True, True, True]
     work = Work(
-        tokens=1, p=c.p, q=c.q, m=c.n * c.r, wide=c.wide, needs_weight=needs_weight
+        tokens=1, p=c.p, q=c.q, m=c.n * c.r, n=c.n, wide=c.wide, needs_weight=needs_weight
     )  # fmt: skip
 
     def slow(b, x, weight, bias, lam, gamma, a):
@@ -83,7 +83,7 @@ def test_every_plan_can_be_differentiated_twice_while_the_weight_is_trained(shap
     out_features, in_features, r = SHAPES[shape]
     p, q = sorted((out_features, in_features))
     m, wide = -(-p // r) * r, out_features < in_features
-    for plan in plans(Work(tokens=6, p=p, q=q, m=m, wide=wide, needs_weight=True)):
+    for plan in plans(Work(tokens=6, p=p, q=q, m=m, n=m // r, wide=wide, needs_weight=True)):
         choice = Choice(**asdict(plan))
 
         def fn(*inputs, choice=choice):
@@ -117,7 +117,7 @@ def test_every_plan_gives_the_gradients_of_every_mask(shape, tiled, gather, monk
         want = run(slow, dense, leaves, probe, mask)
         sizes = run(slow, dense.abs(), [t.abs() for t in leaves], probe.abs(), mask)
         work = Work(
-            tokens=6, p=c.p, q=c.q, m=n * r, wide=c.wide, needs_input=mask[0],
+            tokens=6, p=c.p, q=c.q, m=n * r, n=n, wide=c.wide, needs_input=mask[0],
             needs_weight=mask[1], needs_parameters=any(mask[3:]),
         )  # fmt: skip
         for plan in plans(work):
@@ -150,7 +150,7 @@ def test_the_update_alone_is_the_oracle_s(c):
         delta = reference.delta_weight(a, b, lam, gamma, scaling=c.scaling, wide=c.wide)
         return x @ delta.T
 
-    for plan in plans(Work(tokens=1, p=c.p, q=c.q, m=c.n * c.r, wide=c.wide)):
+    for plan in plans(Work(tokens=1, p=c.p, q=c.q, m=c.n * c.r, n=c.n, wide=c.wide)):
 
         def fast(b, x, lam, gamma, a, plan=plan):
             choice = Choice(**asdict(plan))
@@ -175,7 +175,8 @@ def test_every_plan_passes_gradgradcheck(shape, kind, tiled, monkeypatch):
     inputs = (*inputs, b, scaling)
     out_features, in_features, r = SHAPES[shape]
     p, q = sorted((out_features, in_features))
-    for plan in plans(Work(tokens=6, p=p, q=q, m=-(-p // r) * r, wide=out_features < in_features)):
+    n, wide = -(-p // r), out_features < in_features
+    for plan in plans(Work(tokens=6, p=p, q=q, m=n * r, n=n, wide=wide)):
         choice = Choice(**asdict(plan))
 
         def fn(*inputs, choice=choice):

@@ -24,7 +24,8 @@ def works(draw) -> Work:
         tokens=draw(st.integers(0, 20_000)),
         p=p,
         q=q,
-        m=draw(st.integers(1, 2 * p)),
+        m=(n := draw(st.integers(1, p))) * draw(st.integers(1, -(-p // n))),
+        n=n,
         wide=draw(st.booleans()),
         needs_input=draw(st.booleans()),
         needs_parameters=draw(st.booleans()),
@@ -74,6 +75,11 @@ def price(work, product):
         multiplied, moved = work.weight_cost * m * q * p, m * p + m * p + q * p + q * p
     elif product == "B' G":  # G, P, P
         multiplied, moved = work.weight_cost * m * q * p, q * p + m * p + m * p
+    elif product == "P small" and 8 * t <= min(work.n, 64):  # as below, for Λ and for Γ
+        return 2 * price(work, "forward small")
+    elif product.endswith("small") and 2 * t <= min(work.n, 64) and product != "P small":
+        a_x = t * (m // work.n) * p  # A ∘ x is written and read; Γ is read
+        multiplied, moved = 1000 * t * m * p, t * m + t * p + a_x + a_x + work.n * p
     elif product.endswith("small"):
         multiplied, moved = 1000 * t * m * p, t * m + t * p + m * p + m * p
     elif product in ("G", "x W", "dy W"):
@@ -128,27 +134,27 @@ def test_what_is_fixed_is_kept_to_and_the_rest_is_best(work, name, data):
 
 
 def test_small_and_large_batches_go_different_ways():
-    few = Work(tokens=50, p=768, q=768, m=768, wide=False)
-    many = dataclasses.replace(few, tokens=5000)
+    few = Work(tokens=50, p=768, q=768, m=768, n=128, wide=False)
+    many = few._replace(tokens=5000)
     assert choose(few).forward == "activations"
     assert choose(few).grad_parameters == "activations"
     assert choose(many).forward == "weight"
-    cheap = dataclasses.replace(many, q=3072, weight_cost=80, token_cost=160)
+    cheap = many._replace(q=3072, weight_cost=80, token_cost=160)
     assert choose(cheap).grad_parameters == "activations"
 
 
 def test_a_wide_layer_keeps_the_smaller_activation():
-    work = Work(tokens=3200, p=768, q=3072, m=768, wide=True)
+    work = Work(tokens=3200, p=768, q=3072, m=768, n=128, wide=True)
     assert choose(work).keeps == "xb"
     assert saved_numel(work, choose(work)) == 3200 * 768
 
 
 def test_the_weight_is_kept_only_on_request():
-    work = Work(tokens=3200, p=768, q=768, m=768, wide=False)
+    work = Work(tokens=3200, p=768, q=768, m=768, n=128, wide=False)
     assert not choose(work).keep_weight
     assert choose(work, Choice(keep_weight=True)).keep_weight
     assert choose(work, Choice(keep_weight=None)).keep_weight
-    few = dataclasses.replace(work, tokens=20)
+    few = work._replace(tokens=20)
     assert not choose(few, Choice(keep_weight=None)).keep_weight
 
 
@@ -187,7 +193,7 @@ def test_the_kernel_multiplies_as_often_as_the_plan_costs(shape, mask):
     needs = dict(zip(("x", "weight", "bias", "lam", "a"), mask, strict=True))
     leaves = {n: getattr(c, n).detach().clone().requires_grad_(on) for n, on in needs.items()}
     work = Work(
-        tokens=17, p=24, q=max(shape), m=20, wide=c.wide,
+        tokens=17, p=24, q=max(shape), m=20, n=4, wide=c.wide,
         needs_input=mask[0], needs_weight=mask[1], needs_parameters=mask[3] or mask[4],
     )  # fmt: skip
     own = 17 * in_features * out_features * (1 + mask[0])
@@ -212,7 +218,7 @@ def test_the_update_alone_multiplies_as_often_as_the_plan_costs(shape):
     c = cases.case(BasisBank(seed=1), out_features, in_features, 5, 4, lead=(17,))
     a, b = c.operands()
     x, lam = c.x.clone().requires_grad_(), c.lam.clone().requires_grad_()
-    work = Work(tokens=17, p=24, q=max(shape), m=20, wide=c.wide, alone=True)
+    work = Work(tokens=17, p=24, q=max(shape), m=20, n=4, wide=c.wide, alone=True)
     mapping = {torch.ops.aten.addmm_: addmm}
     for plan in plans(work):
         choice = Choice(**dataclasses.asdict(plan))
