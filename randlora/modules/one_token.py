@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from randlora.core.kernel import few_linear
-from randlora.core.matmul import cast, in_place, transforming
+from randlora.core.matmul import cast, in_place
 from randlora.core.planning import choose
 from randlora.core.update import is_few
 from randlora.functional import work_of
@@ -50,6 +50,7 @@ class OneToken:
         weight = self.weight
         if not (
             self.usable
+            and in_place()
             and type(x) is Tensor
             and x.dtype == weight.dtype == self.dtype
             and x.numel() == self.in_features == x.shape[-1]
@@ -57,8 +58,6 @@ class OneToken:
             and self.lam.dtype == self.gamma.dtype == self.wider
             and module.choice is self.choice
             and self.store.drawn == self.drawn
-            and in_place()
-            and not transforming()
             and not torch._C._is_any_autocast_enabled()
         ):
             return False
