@@ -65,6 +65,7 @@ METHODS: dict[str, Callable[[LlamaForCausalLM], nn.Module]] = {
     "plain": lambda model: model,
     "isometric": adapted("isometric"),
     "dense": adapted("dense"),
+    "sparse": adapted("sparse"),
     "very_sparse": adapted("very_sparse"),
     "merged": adapted("isometric", merged=True),
     "peft-lora": peft("lora"),

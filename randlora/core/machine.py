@@ -12,6 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
+# The limit for a temporary matrix of the shape of the weight, of B, of C or of P. To change it,
+# assign to it in this module. A layer of 14336 x 4096 in float32 is just within it. The output of a
+# larger layer after injection equals the plain layer's up to rounding, not bit for bit.
+TRANSIENT_BYTES = 256 * 2**20
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -20,13 +25,13 @@ class Machine:
     # By the bytes of a number, the multiply-adds that take as long as moving it; none: moving is
     # not counted.
     balance: Mapping[int, int]
-    part_bytes: int  # bytes of C formed at a time while it is added to a weight; 0: all of it
-    signs: int  # rows or columns of int8 signs that are cast at a time; 0: all of them
+    # Bytes of C that are formed, and of int8 signs that are cast, at a time; 0: all of them.
+    part_bytes: int
 
 
-CPU = Machine(balance={}, part_bytes=4 * 2**20, signs=256)
+CPU = Machine(balance={}, part_bytes=4 * 2**20)
 # Of an H100: 3.0 TB/s beside 790 TFLOP/s in bfloat16, 67 in float32, 67 in float64.
-ACCELERATOR = Machine(balance={2: 260, 4: 45, 8: 90}, part_bytes=0, signs=0)
+ACCELERATOR = Machine(balance={2: 260, 4: 45, 8: 90}, part_bytes=0)
 
 
 def machine_of(device: torch.device) -> Machine:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from randlora.core.machine import machine_of
+from randlora.core import machine
 from randlora.core.matmul import addmm_, apply_to_parts, cast, mm
 
 
@@ -136,7 +136,7 @@ class SignOperator(_Entries):
         def plus(part: Tensor, rows: slice) -> Tensor:
             return addmm_(part, self.entries[rows].to(c.dtype), c, self.unit, keep=keep)
 
-        return apply_to_parts(total, self._slices(0), 0, plus, keep=keep)
+        return apply_to_parts(total, self._slices(0, c.dtype), 0, plus, keep=keep)
 
     def tokens_mm(self, x: Tensor) -> Tensor:
         return _joined([mm(x, signs, self.unit) for signs in self._cast(1, x.dtype)], 1)
@@ -147,15 +147,17 @@ class SignOperator(_Entries):
         def plus(part: Tensor, rows: slice) -> Tensor:
             return addmm_(part, h, self.entries[rows].to(h.dtype).T, self.unit, keep=keep)
 
-        return apply_to_parts(total, self._slices(0), 1, plus, keep=keep)
+        return apply_to_parts(total, self._slices(0, h.dtype), 1, plus, keep=keep)
 
-    def _slices(self, dim: int) -> list[slice]:
-        size = self.entries.shape[dim]
-        step = machine_of(self.entries.device).signs or max(size, 1)
-        return [slice(lo, lo + step) for lo in range(0, size, step)]
+    def _slices(self, dim: int, dtype: torch.dtype) -> list[slice]:
+        """Slices of rows or columns whose casts stay in the cache, or within the memory limit."""
+        size, other = self.shape[dim], self.shape[1 - dim]
+        part = machine.machine_of(self.entries.device).part_bytes or machine.TRANSIENT_BYTES
+        step = max(128, part // max(1, other * dtype.itemsize))
+        return [slice(lo, min(lo + step, size)) for lo in range(0, size, step)]
 
     def _cast(self, dim: int, dtype: torch.dtype) -> Iterator[Tensor]:
-        parts = self._slices(dim)
+        parts = self._slices(dim, dtype)
         return (
             (self.entries[part] if dim == 0 else self.entries[:, part]).to(dtype) for part in parts
         )

@@ -1,8 +1,9 @@
 """``FactoredUpdate``: ``ΔW`` computed in tiles from its factors ``A``, ``B``, ``Λ`` and ``Γ``.
 
 ``C``, ``G``, ``P`` and ``ΔW`` have ``p`` columns (``ΔW`` has ``p`` rows if wide). A tile is a slice
-of these columns, so narrow that no temporary matrix takes more than :data:`TRANSIENT_BYTES`. Shapes
-and equations are in :mod:`randlora.core.kernel`.
+of these columns, so narrow that no temporary matrix takes more than
+:data:`randlora.core.machine.TRANSIENT_BYTES`. Shapes and equations are in
+:mod:`randlora.core.kernel`.
 """
 
 from __future__ import annotations
@@ -12,24 +13,19 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from randlora.core.machine import machine_of
+from randlora.core import machine
 from randlora.core.matmul import apply_to_parts, cast, in_place
 from randlora.core.operators import Operator
 from randlora.core.passes import coefficient_grads, coefficients
 from randlora.core.planning import few
-
-# The limit for a temporary matrix of the shape of the weight, of C or of P. To change it, assign to
-# it in this module. A layer of 14336 x 4096 in float32 is just within it. The output of a larger
-# layer after injection equals the plain layer's up to rounding, not bit for bit.
-TRANSIENT_BYTES = 256 * 2**20
 
 Needs: TypeAlias = tuple[bool, bool, bool]  # which gradients are needed: of Λ, Γ and A
 Grads: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def tile_width(rows: int, itemsize: int) -> int:
-    """The number of columns of a tile: as many as ``TRANSIENT_BYTES`` allows, at least 128."""
-    return max(128, TRANSIENT_BYTES // (rows * itemsize))
+    """The number of columns of a tile: as many as the limit allows, at least 128."""
+    return max(128, machine.TRANSIENT_BYTES // (rows * itemsize))
 
 
 # shape: x (..., k), a (r, p)
@@ -41,7 +37,7 @@ def is_few(x: Tensor, a: Tensor, n: int, times: int = 2) -> bool:
     if not in_place():
         return False
     tokens = x.numel() // x.shape[-1]
-    return few(tokens, n, times) and 8 * tokens * a.numel() <= TRANSIENT_BYTES
+    return few(tokens, n, times) and 8 * tokens * a.numel() <= machine.TRANSIENT_BYTES
 
 
 class FactoredUpdate:
@@ -67,7 +63,7 @@ class FactoredUpdate:
         wide_ones = torch.float64 in (lam.dtype, a.dtype, self.dtype)
         self.wider = torch.float64 if wide_ones else torch.float32
         self.dim = 0 if wide else 1  # the dimension of the weight that has size p
-        self.machine = machine_of(lam.device)
+        self.machine = machine.machine_of(lam.device)
         self.eager = in_place()
 
     @property

@@ -261,10 +261,11 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
         state = self._randlora
         if "weight" in state.merged_weights and not state.reads_base and state.is_enabled():
             return F.linear(input, read_merged_weight(self, "weight"), self.bias)
-        recorded, eager = torch.is_grad_enabled(), not torch.compiler.is_compiling()
-        if not recorded and eager and (one := state.one_token) is not None:
-            if one.fits(self, input) and state.is_enabled():
-                return one(input, self.bias)  # type: ignore[no-any-return]
+        recorded = torch.is_grad_enabled()
+        # Compiled code would depend on the prepared call.
+        one = None if recorded or torch.compiler.is_compiling() else state.one_token
+        if one is not None and one.fits(self, input) and state.is_enabled():
+            return one(input, self.bias)  # type: ignore[no-any-return]
         update = state.active_update("weight")
         if update is None or getattr(input, "is_nested", False):
             return F.linear(input, self.weight, self.bias)

@@ -137,7 +137,7 @@ def test_the_knob_bounds_the_tiles(monkeypatch):
     c = case(BasisBank(seed=1), 600, 400, 8, 50)
     a, b = c.operands()
     whole = randlora_linear(c.x, c.weight, c.bias, c.lam, c.gamma, a, b, choice=BY_WEIGHT)
-    monkeypatch.setattr("randlora.core.update.TRANSIENT_BYTES", 600 * 8 * 150)
+    monkeypatch.setattr("randlora.core.machine.TRANSIENT_BYTES", 600 * 8 * 150)
     update = FactoredUpdate(c.lam, c.gamma, a, b, 1.0, wide=False)
     assert [t.stop - t.start for t in update.tiles()] == [133, 133, 134]  # not 150, 150, 100
     tiled = randlora_linear(c.x, c.weight, c.bias, c.lam, c.gamma, a, b, choice=BY_WEIGHT)

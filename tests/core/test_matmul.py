@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from randlora import BasisBank, Choice, reference
-from randlora.core import matmul, update
+from randlora.core import machine, matmul
 from randlora.functional import randlora_linear
 from tests.support import cases
 from tests.support.cases import assert_close
@@ -231,7 +231,7 @@ def test_an_operator_of_another_signature_is_no_use(monkeypatch):
 @pytest.mark.parametrize("kind", ["dense", "sparse", "very_sparse", "isometric"])
 def test_large_layers_in_float32_agree_with_the_oracle(kind, shape, tiled, asked, monkeypatch):
     """At sizes for which oneDNN is used. The tests at small sizes do not use it."""
-    monkeypatch.setattr(update, "TRANSIENT_BYTES", 320 * 4 * 128 if tiled else 2**28)
+    monkeypatch.setattr(machine, "TRANSIENT_BYTES", 320 * 4 * 128 if tiled else 2**28)
     c = cases.case(BasisBank(kind, seed=3), *shape, 8, 32, lead=(3, 150))
     a, b = c.operands(torch.float32)
     probe = torch.randn(3, 150, shape[0])
