@@ -2,10 +2,11 @@
 
 All methods train the same stack in one process, in turn, after a warm-up; what counts are ratios of
 medians. Each layer is first compared with the oracle in float64. Peak memory is taken in a process
-of its own for each method.
+of its own for each method. On a GPU the times are those between CUDA events, and the peak is that
+of torch's allocator.
 
     python benchmarks/step.py [--cases NAME ...] [--methods NAME ...] [--rounds N] [--no-memory]
-                              [--curves [NAME ...]] [--out FOLDER]
+                              [--curves [NAME ...]] [--out FOLDER] [--device D]
 """
 
 from __future__ import annotations
@@ -124,6 +125,13 @@ CASES = {
     "llama-2048-fp32": Case(**LLAMA, batch=4, llama=True),
     "llama-2048-bf16": Case(**LLAMA, batch=4, llama=True, dtype=BF16),
 }
+# The width of Llama 3 8B, and of ViT-L.
+GPU_CASES = {
+    "llama-8192-bf16": Case(4096, 32, 14336, 1, 4, 2048, rank=32, llama=True, dtype=BF16),
+    "llama-2048-wide-bf16": Case(4096, 32, 14336, 1, 1, 2048, rank=32, llama=True, dtype=BF16),
+    "vit-l-8192-bf16": Case(1024, 16, 4096, 4, 32, 256, rank=16, dtype=BF16),
+}
+DEVICE = torch.device("cpu")  # set by --device
 
 
 # Whether the update's products go to oneDNN on this machine.
@@ -200,10 +208,10 @@ def check(model: nn.Module, case: Case) -> None:
         given = layer.choice
         plan = layer.plan(case.batch * case.length)
         layer.choice = Choice(**dataclasses.asdict(plan))
-        x = torch.randn(64, layer.in_features).to(case.dtype)
-        probe = torch.randn(64, layer.out_features).to(case.dtype)
+        x = torch.randn(64, layer.in_features).to(DEVICE, case.dtype)
+        probe = torch.randn(64, layer.out_features).to(DEVICE, case.dtype)
         r, p, q, m = layer.weight_update.sizes
-        a, b = layer.bank.a(r, p).double(), layer.bank.b(q, m).double()
+        a, b = (t.to(DEVICE, torch.float64) for t in (layer.bank.a(r, p), layer.bank.b(q, m)))
         got = [x, *layer.weight_update.parameters(layer)]
         want = [t.detach().double() for t in got]
         for leaf in (x, *want):
@@ -228,6 +236,28 @@ def check(model: nn.Module, case: Case) -> None:
 # --- time and memory -----------------------------------------------------------------------------
 
 
+class Stopwatch:
+    """Marks in time. On a GPU they are events in its stream, so that nothing waits for it."""
+
+    def __init__(self) -> None:
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        if DEVICE.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def between(self, one: int, other: int) -> float:
+        """Seconds from one mark to another."""
+        if DEVICE.type == "cuda":
+            self.marks[other].synchronize()
+            return self.marks[one].elapsed_time(self.marks[other]) / 1e3
+        return self.marks[other] - self.marks[one]
+
+
 class Run:
     """One model with its optimiser, and the seconds of its steps."""
 
@@ -235,28 +265,28 @@ class Run:
         self.onednn = USE_ONEDNN and "torch's GEMM" not in name
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.model = prepare(case.model(), case).train()
+            self.model = prepare(case.model().to(DEVICE), case).train()
         if to_check:
             check(self.model, case)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.trained, lr=1e-4)
-        self.x = case.input().requires_grad_(case.layer)  # one layer, as if there were more below
+        # One layer gets a gradient of its input, as if there were more below.
+        self.x = case.input().to(DEVICE).requires_grad_(case.layer)
         self.seconds: dict[str, list[float]] = {"forward": [], "backward": [], "step": []}
 
     def step(self) -> None:
         matmul.USE_ONEDNN = self.onednn
         self.optimiser.zero_grad()
-        start = time.perf_counter()
+        watch = Stopwatch()
+        watch.mark()
         loss = self.model(self.x).float().square().mean()
-        forward = time.perf_counter()
+        watch.mark()
         loss.backward()
-        backward = time.perf_counter()
+        watch.mark()
         self.optimiser.step()
-        end = time.perf_counter()
-        for phase, value in zip(
-            self.seconds, (forward - start, backward - forward, end - start), strict=True
-        ):
-            self.seconds[phase].append(value)
+        watch.mark()
+        for phase, span in zip(self.seconds, ((0, 1), (1, 2), (0, 3)), strict=True):
+            self.seconds[phase].append(watch.between(*span))
 
     def saved_bytes(self) -> int:
         """Bytes saved for backward, without the storages of parameters, buffers and banks."""
@@ -299,8 +329,19 @@ def fault_in_code() -> None:
 
 
 def peak(name: str, case: Case) -> int:
-    """Most resident memory of the second and third step, beyond the imports and libraries' code."""
+    """Most resident memory of the second and third step, beyond the imports and libraries' code.
+
+    On a GPU, the most that torch allocated there.
+    """
     import peft  # noqa: F401  (so that all methods start from the same)
+
+    if DEVICE.type == "cuda":
+        run = Run(name, METHODS[name], case, to_check=False)
+        run.step()
+        torch.cuda.reset_peak_memory_stats()
+        run.step()
+        run.step()
+        return torch.cuda.max_memory_allocated()
 
     # oneDNN generates 7 MiB of code at its first product. No method should count it.
     with torch.no_grad():
@@ -327,7 +368,7 @@ FRUGAL = {
 
 
 def peak_in_own_process(name: str, case_name: str) -> int:
-    command = [sys.executable, __file__, "--peak", case_name, name]
+    command = [sys.executable, __file__, "--peak", case_name, name, "--device", str(DEVICE)]
     done = subprocess.run(command, env={**os.environ, **FRUGAL}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -343,12 +384,14 @@ def percentiles(values: list[float]) -> tuple[float, float, float]:
 def gemm_rate(dtype: torch.dtype, onednn: bool) -> float:
     """Multiply-adds a second of a large matrix product, the best of five."""
     matmul.USE_ONEDNN = onednn and USE_ONEDNN
-    a, b = torch.randn(3072, 3072).to(dtype), torch.randn(3072, 3072).to(dtype)
+    a, b = (torch.randn(3072, 3072).to(DEVICE, dtype) for _ in range(2))
     seconds = []
     for _ in range(6):
-        start = time.perf_counter()
+        watch = Stopwatch()
+        watch.mark()
         matmul.mm(a, b)
-        seconds.append(time.perf_counter() - start)
+        watch.mark()
+        seconds.append(watch.between(0, 1))
     return 3072**3 / min(seconds[1:])
 
 
@@ -371,7 +414,7 @@ def least_seconds(run: Run, tokens: int, rates: tuple[float, float]) -> float:
 
 
 def bench(case_name: str, methods: list[str], rounds: int, memory: bool) -> list[dict[str, object]]:
-    case = CASES[case_name]
+    case = {**CASES, **GPU_CASES}[case_name]
     rates = gemm_rate(case.dtype, False), gemm_rate(case.dtype, True)
     if case.dtype != torch.float32 or not USE_ONEDNN:  # there torch's own product is no other
         methods = [name for name in methods if "torch's GEMM" not in name]
@@ -559,9 +602,16 @@ def write(path: Path, rows: list[dict[str, object]]) -> None:
         writer.writerows(rows)
 
 
+def processor() -> str:
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name(DEVICE)
+    return platform.processor() or platform.machine()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
+    everything = {**CASES, **GPU_CASES}
+    parser.add_argument("--cases", nargs="*", choices=list(everything))
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -575,31 +625,37 @@ def main() -> None:
         "--curves", nargs="*", choices=list(CURVES), help="scaling curves as well, by default all"
     )
     parser.add_argument("--out", type=Path, default=Path("step"), help="a folder for CSV and plots")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "METHOD"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    global DEVICE, USE_ONEDNN
+    DEVICE = options.device
+    USE_ONEDNN = matmul.uses_onednn(torch.float32, DEVICE)
+    if options.cases is None:
+        options.cases = list(GPU_CASES if DEVICE.type == "cuda" else CASES)
     if options.peak:  # for peak_in_own_process, which sets the environment
         case_name, method = options.peak
-        print(peak(method, CASES[case_name]))
+        print(peak(method, everything[case_name]))
         return
     import peft
 
     options.out.mkdir(parents=True, exist_ok=True)
     print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+        f"{processor()}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, peft {peft.__version__}, randlora {randlora.__version__}"
     )
     for dtype in (torch.float32, BF16):
         for onednn, name in enumerate(("torch's own", "the update's")):
             rate = gemm_rate(dtype, bool(onednn))
             print(f"matrix products in {dtype}, {name}: {rate / 1e9:.0f} G multiply-adds / s")
-    everything: list[dict[str, object]] = []
+    found: list[dict[str, object]] = []
     for case_name in options.cases:
         rows = bench(case_name, options.methods, options.rounds, not options.no_memory)
-        everything += rows
+        found += rows
         print(f"\n### {case_name}\n\n{table(rows)}", flush=True)
-    if everything:
-        write(options.out / "step.csv", everything)
-        picture(everything, options.out / "step.png")
+    if found:
+        write(options.out / "step.csv", found)
+        picture(found, options.out / "step.png")
     if options.curves is not None:
         print()
         curves(options.curves or list(CURVES), options.rounds, options.out)

@@ -20,16 +20,22 @@ if TYPE_CHECKING:
     from randlora.bases.bank import BasisBank
 
 
-def refuse_to_draw_what_is_not_real() -> None:
-    """Raise an error if new tensors have no values, as they do while a model is exported.
+def refuse_to_draw() -> None:
+    """Raise an error where bases cannot be drawn: in an export, or in the capture of a CUDA graph.
 
-    The store would keep such tensors, and every later call would use them.
+    There new tensors have no values. The store would keep them, and every later call would use
+    them.
     """
     if type(torch.empty(0)) is not Tensor:
-        raise RuntimeError(
-            "bases cannot be drawn while a graph is traced with fake tensors (without values): "
-            "call the layer once before, under autocast if the trace is under autocast"
-        )
+        reason = "a graph is traced with fake tensors (without values)"
+    elif torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+        reason = "a CUDA graph is captured"
+    else:
+        return
+    raise RuntimeError(
+        f"bases cannot be drawn while {reason}: call the layer once before, or adapt the model "
+        "under autocast if this is under autocast"
+    )
 
 
 @contextmanager
@@ -108,7 +114,7 @@ class Store:
         gathers = self.device.type == "cpu" and sum(costs) < 1000
         if bank.factored or gathers:
             if (q, m) not in self.shaped:
-                refuse_to_draw_what_is_not_real()
+                refuse_to_draw()
                 with _aside():
                     self.shaped[q, m] = self._shaped(q, m)
             return a, self.shaped[q, m]
@@ -143,7 +149,7 @@ class Store:
         key = base, columns if by_width else 0
         has = self.sizes.get(key, (0, 0))
         if has[0] < rows or has[1] < columns:
-            refuse_to_draw_what_is_not_real()
+            refuse_to_draw()
             self._found.clear()
             self.drawn += 1
             self.tensors.pop(key, None)  # free the smaller one first, for a lower peak

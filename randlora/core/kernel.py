@@ -80,6 +80,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
+def autocast_dtype_of(weight: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast computes with a weight. It leaves float64 alone."""
+    return None if weight.dtype == torch.float64 else autocast_dtype(weight.device)
+
+
 def _autocast_off(device: torch.device) -> AbstractContextManager[Any]:
     """Disable autocast: the functions choose the dtypes, the same ones in forward and backward."""
     on = autocast_dtype(device) is not None

@@ -13,7 +13,7 @@ from torch.fx import Proxy
 
 from randlora.bases.bank import BasisBank
 from randlora.core.checks import as_positive_int
-from randlora.core.kernel import autocast_dtype
+from randlora.core.kernel import autocast_dtype_of
 from randlora.core.matmul import in_place
 from randlora.core.operators import Operator
 from randlora.core.planning import AUTOMATIC, Choice, Plan, choose
@@ -270,8 +270,8 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
         if update is None or getattr(input, "is_nested", False):
             return F.linear(input, self.weight, self.bias)
         weight, bias = self.base_weight, self.bias
-        dtype = autocast_dtype(weight.device)
-        if dtype is None or weight.dtype == torch.float64:  # autocast does not change float64
+        dtype = autocast_dtype_of(weight)
+        if dtype is None:
             dtype = weight.dtype
         elif isinstance(input, Tensor) and input.is_floating_point():
             input = input.to(dtype)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from randlora.bases.bank import BasisBank
 from randlora.bases.store import Store
 from randlora.core.checks import as_positive_int, as_real, as_scaling
+from randlora.core.kernel import autocast_dtype_of
 from randlora.core.operators import Operator, tensors_of
 from randlora.functional import delta_weight, effective_weight
 
@@ -220,13 +221,17 @@ class WeightUpdate:
     def draw_bases(self, module: nn.Module) -> None:
         """Draw the bases for the device and dtype of the weight, unless it is on ``meta``.
 
-        Nothing is drawn for an unreadable weight: the dtype is that of the input in each call.
+        Under autocast, those for its dtype too, so that no later call has to. Nothing is drawn for
+        an unreadable weight: the dtype is that of the input in each call.
         """
         if self.spec.unreadable:
             return
         weight = module._parameters.get(self.spec.parameter)
-        if weight is not None and not weight.is_meta:
-            self.operands(weight.device, weight.dtype)
+        if weight is None or weight.is_meta:
+            return
+        self.operands(weight.device, weight.dtype)
+        if (dtype := autocast_dtype_of(weight)) is not None:
+            self.operands(weight.device, dtype)
 
     def forget_bases(self) -> None:
         """Drop the stored bases. Call this when the weight has a new device or dtype."""

@@ -124,3 +124,16 @@ def test_entries_are_the_same_on_cuda(kind):
     entries = b.scale * b.mm(torch.eye(40, device="cuda")).cpu()
     # The entries of isometric bases are products of two stored ones, rounded by the device.
     torch.testing.assert_close(entries, bank.b(70, 40), rtol=1e-6 * (kind == "isometric"), atol=0)
+
+
+def test_bases_are_not_drawn_while_a_graph_is_captured(monkeypatch):
+    store = BasisBank("dense").store(CPU, torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="while a CUDA graph is captured: call the layer once"):
+        store.operands(2, 8, 8, 8)
+    monkeypatch.undo()
+    store.operands(2, 8, 8, 8)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    store.operands(2, 8, 8, 8)  # they are there

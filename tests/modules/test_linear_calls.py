@@ -126,6 +126,17 @@ def test_the_gradient_of_a_trained_a_is_float32_in_low_precision(autocast, way):
         cases.assert_close(got.grad.double(), want.grad, 8 * torch.finfo(torch.bfloat16).eps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_that_is_adapted_under_autocast_has_its_bases(dtype):
+    bank = BasisBank("dense")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer = RandLoRALinear(12, 9, rank=3, bank=bank, dtype=dtype)
+        held = bank.nbytes
+        layer(torch.randn(4, 12, dtype=dtype))
+    assert bank.nbytes == held
+    assert held == (3 * 9 + 12 * 9) * (8 if dtype == torch.float64 else 4 + 2)
+
+
 def test_autocast_leaves_float64_alone():
     layer = trained(RandLoRALinear(12, 20, rank=4)).double()
     x = torch.randn(5, 12).double()
