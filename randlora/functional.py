@@ -212,7 +212,8 @@ def work_of(
     balance = machine_of(a.device).balance
     moving = 1000 * balance.get((dtype or a.dtype).itemsize, 0) if balance else 0
     needs = needs_input, needs_parameters, needs_weight, alone
-    return Work(tokens, p, q, m, m // r, wide, *needs, b.weight_cost, b.token_cost, moving)
+    costs = b.weight_cost, b.token_cost, b.half, b.half_token_cost, b.half_weight_cost
+    return Work(tokens, p, q, m, m // r, wide, *needs, *costs, moving)
 
 
 def is_static(size: int) -> bool:

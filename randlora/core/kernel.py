@@ -168,7 +168,7 @@ class Linear(torch.autograd.Function):
                 return (_owned(y), *map(_owned, kept))
             kept = []
             if wide and (by_activations or keeps_xb):
-                xb = b.tokens_mm(_rows(x))
+                xb = b.tokens_half(_rows(x)) if keeps_xb and plan.halves else b.tokens_mm(_rows(x))
                 kept = [xb] if keeps_xb else []
             if by_activations:
                 y = _frozen(x, weight, bias, update.out_features)
@@ -230,16 +230,19 @@ class Linear(torch.autograd.Function):
             by_activations = plan.grad_parameters == "activations" and any(needs)
             # dy B serves both gradients of a tall layer.
             shared = by_activations or (needs_x and plan.grad_input == "activations")
-            dyb: Any = b.tokens_mm(rows) if shared and not wide else None  # (T, m)
+            to_tokens = b.tokens_half if plan.halves else b.tokens_mm
+            dyb: Any = to_tokens(rows) if shared and not wide else None  # (T, m)
             if needs_bias:
                 d_bias = rows.sum(0)
             if needs_weight:
                 d_weight = mm(rows.T, x) if dw is None else torch.addmm(dw, rows.T, x)
             if any(needs):
                 if by_activations and wide and xb is None:
-                    xb = b.tokens_mm(x)
+                    xb = to_tokens(x)
                 left = (xb if wide else dyb) if by_activations else None
-                found = _parameter_grads(update, needs, d_weight, dw, left, rows, x)
+                found = _parameter_grads(
+                    update, needs, d_weight, dw, left, rows, x, halves=plan.halves
+                )
                 del left
             if plan.grad_input == "weight":
                 dyb = None
@@ -254,7 +257,7 @@ class Linear(torch.autograd.Function):
                         dx = mm(rows, weight.to(rows.dtype))
                     dx = _add_back(update, dx, rows) if wide else _add_through(update, dx, dyb)
                 if dxb is not None:
-                    dx = b.tokens_addmm_(dx, dxb)
+                    dx = (b.half_addmm_ if plan.halves else b.tokens_addmm_)(dx, dxb)
                 dx = dx.view(ctx.shape)
         return dx, d_weight, d_bias, *found, None, None, None, None, None
 
@@ -301,21 +304,25 @@ def _parameter_grads(
     left: Tensor | None = None,
     rows: Any = None,
     x: Any = None,
+    *,
+    halves: bool = False,
 ) -> Grads:
     """``dΛ``, ``dΓ``, ``dA``: through the activations if ``left`` is given, else the weight.
 
-    ``left`` is ``x B`` if wide, ``dy B`` if tall. ``d_weight`` is the gradient of the weight,
-    ``dyᵀ x + dw``, if it was computed. ``dw`` is the gradient of the kept ``W0 + ΔW``.
+    ``left`` is ``x B`` if wide, ``dy B`` if tall; one half of it if ``halves``. ``d_weight`` is the
+    gradient of the weight, ``dyᵀ x + dw``, if it was computed. ``dw`` is the gradient of the kept
+    ``W0 + ΔW``.
     """
     wide, shares = update.wide, []
     of_q, of_p = (x, rows) if wide else (rows, x)  # with q and with p columns
     n = update.lam.shape[0]
-    if left is not None and dw is None and is_few(left, update.a, n, FEW_FOR_GRADS):
+    if left is not None and dw is None and not halves and is_few(left, update.a, n, FEW_FOR_GRADS):
         d_lam, d_gamma, d_a = few_tokens.grads(left, of_p, *update.factors(), needs)
         shares.append((d_lam, d_gamma, d_a if d_a is None else update.scaling * d_a))
     for tile in () if shares else update.tiles():
         if left is not None:
             p_tile = mm_wider(left.T, of_p[:, tile])  # (m, tile)
+            p_tile = update.b.half_tmm(p_tile) if halves else p_tile
         elif d_weight is not None:
             p_tile = update.p_matrix(d_weight[tile].T if wide else d_weight[:, tile])
         else:

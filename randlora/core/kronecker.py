@@ -48,6 +48,14 @@ def kronecker_costs(q: int, m: int, left: Shape, right: Shape) -> tuple[int, int
     return column, token
 
 
+def half_costs(q: int, m: int, left: Shape, right: Shape) -> tuple[int, int]:
+    """The costs for each token of ``R2``, and for each column of ``R1`` after it, as above."""
+    (q1, m1), (q2, m2) = left, right
+    passes = 280 * max(q, m) + 300 * max(q, m) * (q1 * q2 > q) + _CALLS // 2
+    columns = 280 * m + 150 * m * (m1 * m2 > m) + _CALLS // 2
+    return RATE * q1 * m2 * q2 + passes, RATE * q1 * m2 * m1 + columns
+
+
 class KroneckerOperator(Stored):
     """``(R1 ⊗ R2)[:q, :m]``, applied one factor at a time.
 
@@ -71,19 +79,22 @@ class KroneckerOperator(Stored):
         self._factors = _with_transposes(left, right)
         wider = (left.float(), right.float()) if self.takes_float32 else ()
         self._in_float32 = _with_transposes(*wider) if wider else ()
+        self.half = q1 * m2
         if machine_of(left.device).balance:  # its multiply-adds, which are few beside the passes
-            self.weight_cost = self.token_cost = 1000 * q1 * m2 * (m1 + q2) // math.prod(shape)
-            return
-        # Costs are relative to the dense product. oneDNN makes the dense product twice as fast, but
-        # computes only few of the products here, because they are small.
-        faster = 2 if uses_onednn(left.dtype, left.device) else 1
-        self.weight_cost, self.token_cost = (
-            100 * faster * tenths // math.prod(shape)
-            for tenths in kronecker_costs(*shape, (q1, m1), (q2, m2))
-        )
+            both = q1 * m2 * (m1 + q2)
+            costs, times = (both, both, q1 * m2 * q2, q1 * m2 * m1), 1000
+        else:
+            # Relative to the dense product. oneDNN makes that twice as fast, but computes only few
+            # of the products here, because they are small.
+            sizes = *shape, (q1, m1), (q2, m2)
+            costs = *kronecker_costs(*sizes), *half_costs(*sizes)
+            times = 100 * (2 if uses_onednn(left.dtype, left.device) else 1)
+        thousandths = [times * cost // math.prod(shape) for cost in costs]
+        self.weight_cost, self.token_cost, *halves = thousandths
+        self.half_token_cost, self.half_weight_cost = halves
 
     def mm(self, c: Tensor) -> Tensor:
-        q1, q2 = len(self.left), len(self.right)
+        q1, q2 = self.left.shape[0], len(self.right)
         return bmm(self.right, self._left_first(c)).view(q1 * q2, -1)[: self.shape[0]]
 
     def tmm(self, g: Tensor) -> Tensor:
@@ -92,36 +103,49 @@ class KroneckerOperator(Stored):
         return mm(self.left.T, blocks.view(q1, m2 * k)).view(m1 * m2, k)[: self.shape[1]]
 
     def addmm_(self, total: Tensor, c: Tensor, *, keep: bool = False) -> Tensor:
-        q1, q2 = len(self.left), len(self.right)
+        q1, q2 = self.left.shape[0], len(self.right)
         if total.shape[0] == q1 * q2 and total.is_contiguous():
             added = baddbmm_(total.view(q1, q2, -1), self.right, self._left_first(c), keep=keep)
             return added.view(total.shape)
         return added_(total, self.mm(c), keep=keep)
 
     def tokens_mm(self, x: Tensor) -> Tensor:
-        left, right, left_t, _ = self._factors_in(x.dtype)
-        (q1, m1), (q2, m2), k = left.shape, right.shape, x.shape[0]
-        blocks = mm(_padded(x, q1 * q2, 1).view(k * q1, q2), right)
+        left, _, left_t, _ = self._factors_in(x.dtype)
+        (q1, m1), m2, k = left.shape, self.right.shape[1], x.shape[0]
+        half = self.tokens_half(x)
         if k == 1:  # no batch
-            product = torch.mm(left_t, blocks).view(1, m1 * m2)
+            product = torch.mm(left_t, half.view(q1, m2)).view(1, m1 * m2)
         else:
-            product = bmm(left_t, blocks.view(k, q1, m2)).view(k, m1 * m2)
+            product = bmm(left_t, half.view(k, q1, m2)).view(k, m1 * m2)
         return _cut(product, self.shape[1])
 
     def tokens_addmm_(self, total: Tensor, h: Tensor, *, keep: bool = False) -> Tensor:
-        left, right, _, right_t = self._factors_in(h.dtype)
-        (q1, m1), (q2, m2), k = left.shape, right.shape, h.shape[0]
+        left = self._factors_in(h.dtype)[0]
+        (q1, m1), m2, k = left.shape, self.right.shape[1], h.shape[0]
         h = _padded(h, m1 * m2, 1)
-        if k == 1:
-            blocks = torch.mm(left, h.view(m1, m2))
-        else:
-            blocks = bmm(left, h.view(k, m1, m2)).view(k * q1, m2)
+        half = torch.mm(left, h.view(m1, m2)) if k == 1 else bmm(left, h.view(k, m1, m2))
+        return self.half_addmm_(total, half.view(k, q1 * m2), keep=keep)
+
+    def tokens_half(self, x: Tensor) -> Tensor:
+        right = self._factors_in(x.dtype)[1]
+        q1, q2, k = self.left.shape[0], right.shape[0], x.shape[0]
+        return mm(_padded(x, q1 * q2, 1).view(k * q1, q2), right).view(k, self.half)
+
+    def half_addmm_(self, total: Tensor, h: Tensor, *, keep: bool = False) -> Tensor:
+        right, right_t = self._factors_in(h.dtype)[1::2]
+        q1, (q2, m2), k = self.left.shape[0], right.shape, h.shape[0]
+        blocks = h.view(k * q1, m2)
         if total.shape[1] == q1 * q2 and total.dtype == h.dtype and total.is_contiguous():
             rows = total.view(k * q1, q2)
             added = addmm_(rows, blocks, right_t, keep=keep)
             return total if added is rows else added.view(total.shape)
         product = _cut(mm(blocks, right_t).view(k, q1 * q2), self.shape[0])
         return added_(total, product, keep=keep)
+
+    def half_tmm(self, g: Tensor) -> Tensor:
+        left, _, left_t, _ = self._factors_in(g.dtype)
+        (q1, m1), m2, k = left.shape, self.right.shape[1], g.shape[1]
+        return mm(left_t, g.reshape(q1, m2 * k)).view(m1 * m2, k)[: self.shape[1]]
 
     def _factors_in(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         if dtype == self.left.dtype:

@@ -27,12 +27,16 @@ class Operator(Protocol):
     argument, sums in that of ``total``. If ``takes_float32``, products with few tokens are faster
     in float32. ``addmm_`` and ``tokens_addmm_`` overwrite ``total`` where
     :func:`randlora.core.matmul.in_place` allows it, unless ``keep``. In low precision, dense
-    products are rounded once.
+    products are rounded once. Costs are those of :class:`randlora.core.planning.Work`; an operator
+    without halves has ``half`` 0, and what is called so is the whole.
     """
 
     scale: float
     by_columns: bool
     takes_float32: bool
+    half: int
+    half_token_cost: int
+    half_weight_cost: int
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,13 +73,36 @@ class Operator(Protocol):
         """``total + h Bᵀ``: ``(k, q)`` and ``(k, m)`` to ``(k, q)``."""
         ...
 
+    def tokens_half(self, x: Tensor) -> Tensor:
+        """One half of ``x B``: ``(k, q)`` to ``(k, half)``."""
+        ...
+
+    def half_addmm_(self, total: Tensor, h: Tensor) -> Tensor:
+        """The adjoint of ``tokens_half``, added: ``(k, q)`` and ``(k, half)`` to ``(k, q)``."""
+        ...
+
+    def half_tmm(self, g: Tensor) -> Tensor:
+        """``Bᵀ xᵀ y`` from ``tokens_half(x)ᵀ y``: ``(half, k)`` to ``(m, k)``."""
+        ...
+
     def rows(self, places: Tensor, dtype: torch.dtype) -> DenseOperator:
         """The rows of ``B`` at ``places``, shape ``(k,)``, as an operator of shape ``(k, m)``."""
         ...
 
 
 class Stored:
-    """An operator that holds tensors."""
+    """An operator that holds tensors, and has no halves."""
+
+    half = half_token_cost = half_weight_cost = 0
+
+    def tokens_half(self: Operator, x: Tensor) -> Tensor:
+        return self.tokens_mm(x)
+
+    def half_addmm_(self: Operator, total: Tensor, h: Tensor) -> Tensor:
+        return self.tokens_addmm_(total, h)
+
+    def half_tmm(self, g: Tensor) -> Tensor:
+        return g
 
     @property
     def nbytes(self) -> int:

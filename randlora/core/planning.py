@@ -13,6 +13,10 @@ shape, and ``β_a m q T`` the cost of applying ``B`` to tokens:
     gradient of x       β_w m q p, or 0 (kept)  β_a m q T + T m p
     gradients of Λ, Γ   T p q + β_w m q p       β_a m q T + T m p
 
+A ``B`` of two factors can give ``P`` in halves: one factor is applied to tokens, and the other to
+the ``p`` columns of what they give, which are fewer if ``p < T``. This is possible if nothing else
+needs the product of ``B`` with these tokens.
+
 A product with ``B`` that is needed twice is computed once. In a tall layer, ``dy B`` serves both
 gradients. In a wide layer, ``x B`` serves the forward and the gradients of ``Λ`` and ``Γ``. ``β_w``
 and ``β_a`` are 1 for a dense basis. An operator that is cheaper to apply states its own.
@@ -56,6 +60,9 @@ class Work(NamedTuple):  # one is made and hashed in each call, faster than a da
     alone: bool = False  # without a frozen weight (dropout): x ΔWᵀ is a product of its own
     weight_cost: int = 1000  # β_w in thousandths
     token_cost: int = 1000  # β_a in thousandths
+    half: int = 0  # the columns between the two factors of B; 0 if it has no factors
+    half_token_cost: int = 0  # of one factor with tokens, in thousandths of m q T
+    half_weight_cost: int = 0  # of the other with what they give, in thousandths of m q p
     balance: int = 0  # thousandths of multiply-adds that take as long as moving a number
 
 
@@ -68,6 +75,7 @@ class Plan:
     grad_parameters: Way = "weight"  # for the gradients of Λ and Γ
     keeps: Literal["x", "xb"] = "x"  # xb, in wide layers only: x B, (T, m), instead of x, (T, q)
     keep_weight: bool = False  # whether W0 + ΔW is kept from forward to backward
+    halves: bool = False  # whether P is computed in halves; with xb, one half of x B is kept
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,7 @@ class Choice:
     grad_parameters: Way | None = None
     keeps: Literal["x", "xb"] | None = None
     keep_weight: bool | None = False
+    halves: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("forward", "grad_input", "grad_parameters"):
@@ -94,8 +103,10 @@ class Choice:
                 raise ValueError(f"{name} must be one of {WAYS} or None, got {way!r}")
         if self.keeps not in (None, "x", "xb"):
             raise ValueError(f"keeps must be 'x', 'xb' or None, got {self.keeps!r}")
-        if self.keep_weight not in (None, True, False):
-            raise ValueError(f"keep_weight must be True, False or None, got {self.keep_weight!r}")
+        for name in ("keep_weight", "halves"):
+            value = getattr(self, name)
+            if value not in (None, True, False):
+                raise ValueError(f"{name} must be True, False or None, got {value!r}")
 
 
 AUTOMATIC = Choice()
@@ -124,7 +135,13 @@ def plans(work: Work) -> list[Plan]:
         can_keep_weight = forward == grad_input == "weight" and work.needs_input
         for keep_weight in (False, True)[: 1 + can_keep_weight]:
             for keeps in ("xb", "x") if can_keep_xb else ("x",):
-                found.append(Plan(forward, grad_input, grad_parameters, keeps, keep_weight))
+                shared = forward == "activations" and keeps == "xb"  # x B
+                if not work.wide:
+                    shared = grad_input == "activations"  # dy B
+                can_halve = work.half and grad_parameters == "activations" and not shared
+                for halves in (False, True)[: 1 + bool(can_halve)]:
+                    ways = forward, grad_input, grad_parameters
+                    found.append(Plan(*ways, keeps, keep_weight, halves))
     return found
 
 
@@ -138,13 +155,20 @@ def cost(work: Work, plan: Plan) -> int:
     def price(macs: int, moved: int) -> int:
         return max(macs, work.balance * moved)
 
-    add_weight = price(work.weight_cost * m * q * p, 2 * (m * p + q * p))  # B C
-    weight = price(work.weight_cost * m * q * p, 2 * m * p + q * p)  # Bᵀ G
-    tokens = price(work.token_cost * m * q * t, t * (q + m))  # x B, dy B, or h Bᵀ
+    between = 2 * work.half  # written and read between two factors
+    add_weight = price(work.weight_cost * m * q * p, p * (2 * m + 2 * q + between))  # B C
+    weight = price(work.weight_cost * m * q * p, p * (2 * m + q + between))  # Bᵀ G
+    tokens = price(work.token_cost * m * q * t, t * (q + m + between))  # x B, dy B, or h Bᵀ
     with_c = price(1000 * t * m * p, t * (m + p) + 2 * m * p)  # with C, or P from tokens
     without = price(1000 * t * m * p, t * (m + p) + 2 * t * (m // work.n) * p + work.n * p)
     product = without if few(t, work.n) else with_c
     gradients = 2 * without if few(t, work.n, FEW_FOR_GRADS) else with_c
+    for_p = tokens
+    if plan.halves:
+        h = work.half
+        for_p = price(work.half_token_cost * m * q * t, t * (q + h))
+        gradients = price(1000 * t * h * p, t * (h + p) + h * p)
+        gradients += price(work.half_weight_cost * m * q * p, p * (h + 2 * m))
     # G; as much as a product of the frozen layer
     gradient = price(1000 * t * p * q, t * (p + q) + p * q)
     ways = plan.forward, plan.grad_input, plan.grad_parameters
@@ -159,17 +183,19 @@ def cost(work: Work, plan: Plan) -> int:
     if work.needs_weight or (work.needs_parameters and not grad_parameters):
         total += gradient
     if not work.wide:  # dy B serves both gradients
-        return total + tokens * (forward + (grad_input or grad_parameters))
+        total += tokens * forward
+        return total + (for_p if grad_parameters else tokens * grad_input)
+    total += tokens * grad_input
     if plan.keeps == "xb":  # x B serves the forward and the gradients of Λ and Γ
-        return total + tokens * (1 + grad_input)
-    return total + tokens * (forward + grad_input + grad_parameters)
+        return total + for_p
+    return total + tokens * forward + for_p * grad_parameters
 
 
 def saved_numel(work: Work, plan: Plan) -> int:
     """How many numbers ``plan`` saves from forward to backward, besides parameters."""
     activation = 0
     if plan.keeps == "xb":
-        activation = work.m
+        activation = work.half if plan.halves else work.m
     elif work.needs_parameters or work.needs_weight:
         activation = work.q if work.wide else work.p
     return work.tokens * activation + work.p * work.q * plan.keep_weight
@@ -185,7 +211,7 @@ def choose(work: Work, choice: Choice = AUTOMATIC) -> Plan:
     (``x B`` kept in a tall layer, or a weight kept that is never formed).
     """
     allowed = plans(work)
-    for name in ("forward", "grad_input", "grad_parameters", "keeps", "keep_weight"):
+    for name in ("forward", "grad_input", "grad_parameters", "keeps", "keep_weight", "halves"):
         fixed = getattr(choice, name)
         if fixed is not None:
             allowed = [plan for plan in allowed if getattr(plan, name) == fixed] or allowed

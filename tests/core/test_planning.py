@@ -33,6 +33,9 @@ def works(draw) -> Work:
         alone=draw(st.booleans()),
         weight_cost=draw(st.integers(10, 1000)),
         token_cost=draw(st.integers(10, 1000)),
+        half=draw(st.sampled_from([0, p, q])),
+        half_token_cost=draw(st.integers(1, 500)),
+        half_weight_cost=draw(st.integers(1, 500)),
         balance=draw(st.sampled_from([0, 260_000, 520_000])),
     )
 
@@ -43,7 +46,7 @@ def products(work, plan):
     made.append("B C" if plan.forward == "weight" else "forward small")
     if plan.forward == "activations" and not work.wide:
         made.append("H B'")
-    if work.wide and (plan.forward == "activations" or plan.keeps == "xb"):
+    if work.wide and (plan.forward == "activations" or (plan.keeps == "xb" and not plan.halves)):
         made.append("x B")
     if work.needs_input:
         if plan.grad_input == "activations":
@@ -57,6 +60,8 @@ def products(work, plan):
             made += ["P small", "dy B" if not work.wide else "x B"]
             if work.wide and plan.keeps == "x":
                 made[-1] = "x B again"
+            if plan.halves:
+                made[-2:] = ["half of tokens", "P from half", "half of P"]
     if work.needs_weight:
         made.append("G")
     if work.alone:
@@ -72,9 +77,11 @@ def price(work, product):
     """
     t, p, q, m = work.tokens, work.p, work.q, work.m
     if product.startswith("B C"):  # C, C, W0, W0 + ΔW
-        multiplied, moved = work.weight_cost * m * q * p, m * p + m * p + q * p + q * p
+        multiplied = work.weight_cost * m * q * p
+        moved = m * p + m * p + q * p + q * p + 2 * work.half * p  # between two factors
     elif product == "B' G":  # G, P, P
-        multiplied, moved = work.weight_cost * m * q * p, q * p + m * p + m * p
+        multiplied = work.weight_cost * m * q * p
+        moved = q * p + m * p + m * p + 2 * work.half * p
     elif product == "P small" and 8 * t <= min(work.n, 64):  # as below, for Λ and for Γ
         return 2 * price(work, "forward small")
     elif product.endswith("small") and 2 * t <= min(work.n, 64) and product != "P small":
@@ -82,10 +89,18 @@ def price(work, product):
         multiplied, moved = 1000 * t * m * p, t * m + t * p + a_x + a_x + work.n * p
     elif product.endswith("small"):
         multiplied, moved = 1000 * t * m * p, t * m + t * p + m * p + m * p
+    elif product == "half of tokens":
+        multiplied, moved = work.half_token_cost * m * q * t, t * q + t * work.half
+    elif product == "half of P":
+        multiplied, moved = work.half_weight_cost * m * q * p, work.half * p + m * p + m * p
+    elif product == "P from half":
+        h = work.half
+        multiplied, moved = 1000 * t * h * p, t * h + t * p + h * p
     elif product in ("G", "x W", "dy W"):
         multiplied, moved = 1000 * t * p * q, t * p + t * q + p * q
     else:
-        multiplied, moved = work.token_cost * t * m * q, t * m + t * q
+        multiplied = work.token_cost * m * q * t
+        moved = t * m + t * q + 2 * work.half * t
     return max(multiplied, work.balance * moved)
 
 
@@ -100,8 +115,15 @@ def test_the_choice_is_that_of_brute_force(work):
     """Of all plans within 1/64 of the whole work of the cheapest, the one that keeps least."""
     everything = []
     for ways in itertools.product(("weight", "activations"), repeat=3):
-        for keeps in ("x", "xb"):
-            plan = Plan(*ways, keeps=keeps)
+        for keeps, halves in itertools.product(("x", "xb"), (False, True)):
+            plan = Plan(*ways, keeps=keeps, halves=halves)
+            if halves and (
+                not work.half
+                or plan.grad_parameters == "weight"
+                or (work.wide and plan.forward == "activations" and keeps == "xb")
+                or (not work.wide and plan.grad_input == "activations")
+            ):
+                continue
             if keeps == "xb" and (
                 not work.wide or work.needs_weight or plan.grad_parameters == "weight"
             ):
@@ -112,7 +134,8 @@ def test_the_choice_is_that_of_brute_force(work):
                 continue
             total = sum(price(work, product) for product in products(work, plan))
             x = (work.q if work.wide else work.p) * (work.needs_parameters or work.needs_weight)
-            everything.append((work.tokens * (work.m if keeps == "xb" else x), total))
+            xb = work.half if halves else work.m
+            everything.append((work.tokens * (xb if keeps == "xb" else x), total))
     least = min(total for _, total in everything)
     own = 0 if work.alone else price(work, "G") * (1 + work.needs_input)
     best = min(entry for entry in everything if 64 * (entry[1] - least) <= own + least)
@@ -160,7 +183,7 @@ def test_the_weight_is_kept_only_on_request():
 
 @pytest.mark.parametrize(
     "keywords",
-    [{"forward": "fast"}, {"grad_input": 1}, {"keeps": "y"}, {"keep_weight": 2}],
+    [{"forward": "fast"}, {"grad_input": 1}, {"keeps": "y"}, {"keep_weight": 2}, {"halves": 2}],
 )
 def test_bad_choices_are_refused(keywords):
     (name,) = keywords

@@ -13,6 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+class _Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
 class Allocated(TorchDispatchMode):
     """Measures ``peak``: the most bytes that tensors, arrays and objects take within this context.
 
@@ -27,6 +32,8 @@ class Allocated(TorchDispatchMode):
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __enter__(self):
+        with _Mode():  # what torch imports for its first mode is not counted
+            torch.ones(1)
         tracemalloc.start()
         return super().__enter__()
 

@@ -23,18 +23,18 @@ def run(fn, b, leaves, probe, needed=None):
     return [y.detach(), *torch.autograd.grad((y * probe).sum(), inputs)]
 
 
-def agree(c, fast, slow, leaves):
+def agree(c, fast, slow, leaves, needed=None):
     """Assert that ``fast`` with an operator equals the oracle ``slow`` with a dense ``B``."""
     (_, operator), (_, b) = c.operands(), c.bases()
     probe = torch.randn(slow(b, *leaves).shape, dtype=torch.float64)
-    got = run(fast, operator, leaves, probe)
-    want = run(slow, b, leaves, probe)
-    sizes = run(slow, b.abs(), [t.abs() for t in leaves], probe.abs())
+    got = run(fast, operator, leaves, probe, needed)
+    want = run(slow, b, leaves, probe, needed)
+    sizes = run(slow, b.abs(), [t.abs() for t in leaves], probe.abs(), needed)
     for one, other, size in zip(got, want, sizes, strict=True):
         assert_close(one, other, EXACT, size)
 
 
-def linear_agrees(c, choice=AUTOMATIC):
+def linear_agrees(c, choice=AUTOMATIC, *, needs_weight=True):
     """Assert that the linear map of a case and all its gradients are the oracle's."""
 
     def fast(b, x, weight, bias, lam, gamma, a):
@@ -43,7 +43,8 @@ def linear_agrees(c, choice=AUTOMATIC):
     def slow(b, x, weight, bias, lam, gamma, a):
         return reference.linear(x, weight, bias, a, b, lam, gamma, scaling=c.scaling)
 
-    agree(c, fast, slow, [c.x, c.weight, c.bias, c.lam, c.gamma, c.a])
+    needed = [True, needs_weight, True, True, True, True]
+    agree(c, fast, slow, [c.x, c.weight, c.bias, c.lam, c.gamma, c.a], needed)
 
 
 WAYS = ("weight", "activations")
