@@ -36,8 +36,9 @@ from randlora.core.operators import DenseOperator, Operator, SignOperator
 from randlora.functional import randlora_linear
 
 # TFLOP/s of products in bfloat16, and TB/s, that are reached. H100: measured, see README.md. The
-# others: of their data sheets, in the same proportion to the peak.
-GPUS = {"h100": (790.0, 3.0), "a100": (250.0, 1.8), "4090": (150.0, 0.9)}
+# others: of their data sheets, in the same proportion to the peak. Last, TFLOP/s in float32 without
+# TF32: the peaks of the data sheets.
+GPUS = {"h100": (790.0, 3.0, 67.0), "a100": (250.0, 1.8, 19.5), "4090": (150.0, 0.9, 82.6)}
 BLOCKS = {
     "llama-3-8b": {
         "q": (4096, 4096),
@@ -70,15 +71,17 @@ FREE = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """One operation: its name, bytes read and written, and FLOPs of a product."""
+    """One operation: its name, bytes read and written, FLOPs of a product, bytes of its factors."""
 
     name: str
     nbytes: int
     flops: int
+    itemsize: int = 2
 
-    def seconds(self, tflops: float, tbps: float) -> float:
+    def seconds(self, tflops: float, tbps: float, tflops_float32: float) -> float:
         """Its floor at these rates."""
-        return max(self.flops / (1e12 * tflops), self.nbytes / (1e12 * tbps))
+        rate = tflops if self.itemsize < 4 else tflops_float32
+        return max(self.flops / (1e12 * rate), self.nbytes / (1e12 * tbps))
 
 
 def stored(tensor: Tensor) -> int:
@@ -106,12 +109,12 @@ class Counter(TorchDispatchMode):
             read = given if name not in ("copy_", "zero_", "fill_") else given[1:]
             if name.startswith("new_") or name.endswith("_like"):
                 read = []
-            flops = 0
+            flops, itemsize = 0, 2
             if plain in PRODUCTS:
                 one, other = (args[i] for i in PRODUCTS[plain])
-                flops = 2 * one.numel() * other.shape[-1]
+                flops, itemsize = 2 * one.numel() * other.shape[-1], one.itemsize
             nbytes = sum(map(stored, read)) + sum(map(stored, made))
-            self.kernels.append(Kernel(name, nbytes, flops))
+            self.kernels.append(Kernel(name, nbytes, flops, itemsize))
         return result
 
     def of(self, fused: Callable[..., Any]) -> Callable[..., Any]:
@@ -281,10 +284,12 @@ def main() -> None:
     parser.add_argument("--gpu", choices=GPUS, default="h100")
     parser.add_argument("--tflops", type=float, help="instead of the GPU's")
     parser.add_argument("--tbps", type=float, help="TB/s instead of the GPU's")
+    parser.add_argument("--tflops-float32", type=float, help="of products in float32")
     parser.add_argument("--time", action="store_true", help="on a CUDA device, beside the floors")
     parser.add_argument("--kernels", action="store_true", help="list every kernel")
     options = parser.parse_args()
-    rates = options.tflops or GPUS[options.gpu][0], options.tbps or GPUS[options.gpu][1]
+    given = options.tflops, options.tbps, options.tflops_float32
+    rates = [one or preset for one, preset in zip(given, GPUS[options.gpu], strict=True)]
     layers = BLOCKS[options.block]
     if options.layers:
         layers = {text: tuple(map(int, text.split("-"))) for text in options.layers}

@@ -217,6 +217,26 @@ def test_a_merged_layer_computes_what_the_unmerged_one_does(kind, dtype):
         assert torch.equal(layer(x), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_one_token_without_gradients_is_that_with_gradients(kind, dtype):
+    for shape in ((64, 96), (96, 64)):
+        layer = RandLoRALinear(*shape, rank=4, bank=BasisBank(kind), dtype=dtype, device="cuda")
+        nn.init.normal_(layer.randlora_gamma)
+        x = torch.randn(1, 1, shape[0], device="cuda", dtype=dtype)
+        want = layer(x).detach()
+        with torch.no_grad():
+            for _ in range(2):
+                assert torch.equal(layer(x), want)
+        assert layer._randlora.one_token.usable
+        cpu = copy.deepcopy(layer).cpu()
+        error = (cpu(x.cpu()) - want.cpu()).abs().max() / want.abs().max()
+        assert error < EPS[dtype]
+        layer.cpu()
+        with torch.no_grad():
+            assert torch.equal(layer(x.cpu()), cpu(x.cpu()))
+
+
 def test_float16_does_not_overflow_with_a_scaled_loss():
     """As GradScaler does: a loss times 2**16."""
     for kind, (out, in_) in itertools.product(

@@ -1,6 +1,7 @@
 """The counts of benchmarks/roofline.py, and the bounds that a change of the kernel has to keep."""
 
 import importlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -44,6 +45,16 @@ def test_a_square_layer_takes_no_more_than_it_did(roofline, method, tokens):
     assert seconds <= ratio * floor(roofline, "full", case)[1]
 
 
+def test_a_block_takes_less_than_full_fine_tuning(roofline):
+    """The seven layers of Llama 3 8B: the most that is allowed, of full fine-tuning's floor."""
+    totals = dict.fromkeys(("full", "lora", "isometric", "dense"), 0.0)
+    for method, (in_, out) in itertools.product(totals, roofline.BLOCKS["llama-3-8b"].values()):
+        totals[method] += floor(roofline, method, roofline.Case(in_, out, 8192))[1]
+    assert totals["isometric"] <= 0.92 * totals["full"]
+    assert totals["isometric"] <= 1.08 * totals["lora"]
+    assert totals["dense"] <= 1.45 * totals["full"]
+
+
 @pytest.mark.parametrize("shape", [(64, 96), (96, 64), (64, 64)])
 def test_products_multiply_as_often_as_the_planner_says(roofline, shape):
     in_, out = shape
@@ -68,4 +79,4 @@ def test_a_kernel_reads_expanded_numbers_once(roofline):
     product, added = counter.kernels
     assert (product.nbytes, product.flops) == (4 * (20 + 90 + 72), 2 * 3 * 4 * 5 * 6)
     assert (added.name, added.nbytes) == ("add_", 4 * 40)
-    assert product.seconds(1e-12, 1.0) == product.flops
+    assert product.seconds(1.0, 1.0, 1e-12) == product.flops  # in float32

@@ -31,8 +31,8 @@ def add_back_(
     total: Tensor, x: Tensor, lam: Tensor, gamma: Tensor, a: Tensor, b: Operator
 ) -> Tensor:
     """``total + x Cᵀ Bᵀ``."""
-    h = _sums(cast(x, gamma.dtype), gamma, a) * lam
-    return b.tokens_addmm_(total, h.reshape(x.shape[0], lam.numel()))
+    h = (_sums(cast(x, gamma.dtype), gamma, a) * lam).reshape(x.shape[0], lam.numel())
+    return b.tokens_addmm_(total, h if b.takes_float32 else cast(h, total.dtype))
 
 
 # shape: h (T, n·r), x (T, p), lam (n, r), gamma (n, p), a (r, p) -> (n, r), (n, p), (r, p)

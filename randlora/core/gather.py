@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from randlora.core.matmul import cast, in_place, uses_onednn
+from randlora.core.matmul import in_place, uses_onednn
 from randlora.core.operators import DenseOperator, Stored
 
 _TILE = 128  # columns gathered at a time: 3,000 rows of them fit into a cache of 1.5 MB
@@ -79,7 +79,6 @@ class GatherOperator(Stored):
         return self.tmm(x.T).T
 
     def tokens_addmm_(self, total: Tensor, h: Tensor, *, keep: bool = False) -> Tensor:
-        h = cast(h, total.dtype)
         if keep or not in_place():
             return total + self.mm(h.T).T
         for tile in _tiles(len(h)):

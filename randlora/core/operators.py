@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from randlora.core import machine
-from randlora.core.matmul import addmm_, apply_to_parts, cast, mm
+from randlora.core.matmul import addmm_, apply_to_parts, mm
 
 
 class Operator(Protocol):
@@ -24,8 +24,8 @@ class Operator(Protocol):
     ``mm``, ``tmm`` and ``addmm_`` take matrices with columns of the weight. ``tokens_mm`` and
     ``tokens_addmm_`` take tokens. If ``by_columns``, ``tokens_mm`` returns ``(k, m)`` stored by
     columns, and ``tokens_addmm_`` is fastest if ``h`` is, too. Results are in the dtype of the
-    argument, sums in that of ``total``. If ``takes_float32``, products with few tokens are faster
-    in float32. ``addmm_`` and ``tokens_addmm_`` overwrite ``total`` where
+    argument, sums in that of ``total``. If ``takes_float32``, ``x`` and ``h`` may be float32 and
+    the rest narrower, which is faster for few tokens. ``addmm_`` and ``tokens_addmm_`` overwrite ``total`` where
     :func:`randlora.core.matmul.in_place` allows it, unless ``keep``. In low precision, dense
     products are rounded once. Costs are those of :class:`randlora.core.planning.Work`; an operator
     without halves has ``half`` 0, and what is called so is the whole.
@@ -143,7 +143,7 @@ class DenseOperator(_Entries):
         return mm(x, self.entries, self.unit)
 
     def tokens_addmm_(self, total: Tensor, h: Tensor, *, keep: bool = False) -> Tensor:
-        return addmm_(total, cast(h, total.dtype), self.entries.T, self.unit, keep=keep)
+        return addmm_(total, h, self.entries.T, self.unit, keep=keep)
 
 
 class SignOperator(_Entries):
@@ -169,7 +169,6 @@ class SignOperator(_Entries):
         return _joined([mm(x, signs, self.unit) for signs in self._cast(1, x.dtype)], 1)
 
     def tokens_addmm_(self, total: Tensor, h: Tensor, *, keep: bool = False) -> Tensor:
-        h = cast(h, total.dtype)
 
         def plus(part: Tensor, rows: slice) -> Tensor:
             return addmm_(part, h, self.entries[rows].to(h.dtype).T, self.unit, keep=keep)
