@@ -24,11 +24,12 @@ class Operator(Protocol):
     ``mm``, ``tmm`` and ``addmm_`` take matrices with columns of the weight. ``tokens_mm`` and
     ``tokens_addmm_`` take tokens. If ``by_columns``, ``tokens_mm`` returns ``(k, m)`` stored by
     columns, and ``tokens_addmm_`` is fastest if ``h`` is, too. Results are in the dtype of the
-    argument, sums in that of ``total``. If ``takes_float32``, ``x`` and ``h`` may be float32 and
-    the rest narrower, which is faster for few tokens. ``addmm_`` and ``tokens_addmm_`` overwrite ``total`` where
-    :func:`randlora.core.matmul.in_place` allows it, unless ``keep``. In low precision, dense
-    products are rounded once. Costs are those of :class:`randlora.core.planning.Work`; an operator
-    without halves has ``half`` 0, and what is called so is the whole.
+    argument, sums in that of ``total``. If ``takes_float32``, ``x`` and ``h`` may be in float32
+    beside narrower bases and a narrower ``total``, which is faster for few tokens. ``addmm_`` and
+    ``tokens_addmm_`` overwrite ``total`` where :func:`randlora.core.matmul.in_place` allows it,
+    unless ``keep``. In low precision, dense products are rounded once. Costs are those of
+    :class:`randlora.core.planning.Work`; an operator without halves has ``half`` 0, and what is
+    called so is the whole.
     """
 
     scale: float
