@@ -22,11 +22,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
+from torch.autograd import forward_ad
 from torch.jit._trace import TracerWarning
 
 from randlora.core.kernel import EffectiveWeight, Linear
 from randlora.core.machine import machine_of
-from randlora.core.matmul import transforming
 from randlora.core.operators import Operator
 from randlora.core.planning import AUTOMATIC, UNKNOWN_TOKENS, Choice, Work, choose
 
@@ -236,12 +237,15 @@ def _run(function: Any, *arguments: Any) -> Any:
 
     A trace cannot record a function, and calling one takes longer than a small layer.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
-    recorded = torch.is_grad_enabled() or transforming()
-    if recorded and torch._C._get_tracing_state() is None:
-        return function.apply(*arguments)
-    return function.forward(*arguments)
+    recorded = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    if not recorded or torch._C._get_tracing_state() is not None:
+        return function.forward(*arguments)
+    # As `function.apply` does, which first takes the signature of `forward` apart. That takes
+    # longer than a small layer, too.
+    arguments = tuple(unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)
 
 
 def _sizes_as_numbers() -> AbstractContextManager[Any]:

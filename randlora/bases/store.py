@@ -13,7 +13,7 @@ from torch import Tensor
 from randlora.bases.streams import BASE_A, BASE_B
 from randlora.core.gather import GatherOperator, gather_costs
 from randlora.core.kronecker import KroneckerOperator
-from randlora.core.matmul import in_place, transforming
+from randlora.core.matmul import in_place
 from randlora.core.operators import DenseOperator, Operator, SignOperator
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def refuse_to_draw() -> None:
     else:
         return
     raise RuntimeError(
-        f"bases cannot be drawn while {reason}: call the layer once before, or adapt the model "
-        "under autocast if this is under autocast"
+        f"bases cannot be drawn while {reason}: call the layer once before, under autocast if this "
+        "is under autocast"
     )
 
 
@@ -91,7 +91,7 @@ class Store:
         sizes = r, p, q, m
         if sizes in self._found:
             return self._found[sizes]
-        if not in_place() or transforming():  # what is found now may not outlive this call
+        if not in_place():  # what is found now may not outlive this call
             return self._find(*sizes)
         with _aside():
             found = self._found[sizes] = self._find(*sizes)

@@ -30,7 +30,6 @@ autograd function returns.
 
 from __future__ import annotations
 
-import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -286,13 +285,6 @@ def few_linear(
     else:
         few_tokens.add_back_(y_rows, rows, lam, gamma, a, b)
     return y, xb
-
-
-# Each call of a function binds its arguments to the signature of `forward`. Without this, torch
-# takes the signature apart anew in each call, which takes longer than a small layer.
-for _function in (EffectiveWeight, Linear):
-    vars(_function.forward)["__signature__"] = inspect.signature(_function.forward)
-del _function
 
 
 # shape: d_weight and dw (out, in), left (T, m), rows (T, out), x (T, in) -> (n, r), (n, p), (r, p)

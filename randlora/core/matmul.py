@@ -106,12 +106,6 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def transforming() -> bool:
-    """Whether a transform of ``torch.func`` or forward-mode differentiation is active."""
-    transforms: bool = torch._C._are_functorch_transforms_active()
-    return transforms or forward_ad._current_level >= 0
-
-
 def apply_to_parts(
     total: Tensor,
     parts: Sequence[slice],
@@ -225,7 +219,7 @@ def is_plain(*matrices: Tensor) -> bool:
         in_place()
         and not torch.is_grad_enabled()
         and all(type(matrix) in (Tensor, nn.Parameter) for matrix in matrices)
-        and not transforming()
+        and forward_ad._current_level < 0
     )
 
 

@@ -12,7 +12,7 @@ import torch
 
 import randlora
 from randlora.__main__ import main
-from randlora.core import gather, kronecker, matmul, update
+from randlora.core import gather, matmul, update
 from randlora.files import merge_files
 from randlora.model.reports import rank_report
 from tests.support.adapters import TOKENS, plain, rewrite, trained, with_bank
@@ -256,12 +256,7 @@ def test_weights_that_are_tied_and_trained_in_full_may_have_one_name_in_the_base
 @pytest.mark.parametrize("basis", ["dense", "isometric"])
 def test_merging_takes_the_memory_of_a_layer_and_not_of_the_model(tmp_path, basis, monkeypatch):
     monkeypatch.setattr(matmul, "USE_ONEDNN", False)  # it needs extra memory for a product
-    for module in (
-        matmul,
-        gather,
-        kronecker,
-        update,
-    ):  # else the dispatch mode of `Allocated` switches it off
+    for module in (matmul, gather, update):  # else the mode of `Allocated` switches it off
         monkeypatch.setattr(module, "in_place", lambda: True)
     size = 1024
     adapter, base, out = (tmp_path / f"{n}.safetensors" for n in ("adapter", "base", "out"))

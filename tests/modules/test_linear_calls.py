@@ -227,3 +227,13 @@ def test_attention_that_only_reads_the_weight_sees_the_update():
     with torch.no_grad():
         fast = attention.eval()(x, x, x, need_weights=False)[0]
     cases.assert_close(fast, after.detach(), 1e-5)
+
+
+def test_a_tensor_that_outlived_a_transform_is_an_input_like_others():
+    """It is a wrapper, which an autograd function has to unwrap."""
+    layer, escaped = RandLoRALinear(6, 5, rank=2), []
+    nn.init.normal_(layer.randlora_gamma)
+    x = torch.randn(3, 6, requires_grad=True)
+    torch.func.grad(lambda x: escaped.append(2 * x) or x.sum())(x)
+    layer(escaped[0]).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * layer.weight.sum(0).expand(3, 6))
