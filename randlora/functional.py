@@ -54,7 +54,7 @@ def delta_weight(
     """
     with _sizes_as_numbers():
         dtype = _dtype_or_default(dtype, a)
-        _check_shapes(lam, gamma, a, b)
+        check_shapes(lam, gamma, a, b)
         delta: Tensor = _run(EffectiveWeight, None, lam, gamma, a, b, dtype, scaling, wide, 0)
     return delta
 
@@ -87,7 +87,7 @@ def effective_weight(
         ValueError: if the shapes do not fit each other.
     """
     with _sizes_as_numbers():
-        _check_shapes(lam, gamma, a, b)
+        check_shapes(lam, gamma, a, b)
         dtype = _dtype_or_default(dtype, a)
         _check_weight(weight, gamma, b)
         wide = weight.shape[0] < weight.shape[1] if wide is None else wide
@@ -135,7 +135,7 @@ def randlora_linear(
         raise TypeError(f"choice must be a planning.Choice, got {type(choice).__name__}")
     dtype = _dtype_or_default(dtype, a)
     if not _tracing():
-        _check_shapes(lam, gamma, a, b)
+        check_shapes(lam, gamma, a, b)
         p, q = a.shape[1], b.shape[0]
         if weight is not None:
             _check_weight(weight, gamma, b)
@@ -278,7 +278,10 @@ def check_input(x: Tensor, in_features: int, dtype: torch.dtype) -> None:
         raise ValueError(f"input x must have shape (..., {in_features}), got {tuple(x.shape)}")
 
 
-def _check_shapes(lam: Tensor, gamma: Tensor, a: Tensor, b: Operator) -> None:
+def check_shapes(lam: Tensor, gamma: Tensor, a: Tensor, b: Operator) -> None:
+    """Raise an error unless the factors fit each other."""
+    if _tracing():
+        return  # as in `check_input`
     (n, r), p, q = lam.shape, gamma.shape[1], b.shape[0]
     for name, got, needed in (
         ("gamma", gamma.shape, (n, p)),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -72,15 +74,16 @@ class Store:
         # The sizes of these tensors: torch.jit.trace warns if code reads them from a tensor.
         self.sizes: dict[tuple[int, int], tuple[int, int]] = {}
         self.shaped: dict[tuple[int, int], _Shaped] = {}
-        self._scaled: dict[tuple[tuple[int, ...], float], Tensor] = {}
-        self.drawn = 0  # how often something was drawn
         # What `operands` returned. These are views of the tensors, which they keep in memory.
         self._found: dict[tuple[int, int, int, int], tuple[Tensor, Operator]] = {}
+        self._scaled: WeakValueDictionary[tuple[int, int, float], Tensor] = WeakValueDictionary()
+        self._lock = threading.RLock()  # for drawing
 
     @property
     def nbytes(self) -> int:
         """Bytes of all bases in this store."""
-        tensors = sum(t.untyped_storage().nbytes() for t in self.tensors.values())
+        held = [*self.tensors.values(), *self._scaled.values()]
+        tensors = sum(t.untyped_storage().nbytes() for t in held)
         return tensors + sum(operator.nbytes for operator in self.shaped.values())
 
     def operands(self, r: int, p: int, q: int, m: int) -> tuple[Tensor, Operator]:
@@ -88,22 +91,29 @@ class Store:
 
         Bases that are missing or too small are drawn first.
         """
-        sizes = r, p, q, m
-        if sizes in self._found:
-            return self._found[sizes]
-        if not in_place():  # what is found now may not outlive this call
-            return self._find(*sizes)
-        with _aside():
-            found = self._found[sizes] = self._find(*sizes)
-        return found
+        found = self.found(r, p, q, m)
+        if found is not None:
+            return found
+        with self._lock:
+            if not in_place():  # what is found now may not outlive this call
+                return self._find(r, p, q, m)
+            with _aside():
+                found = self._found[r, p, q, m] = self._find(r, p, q, m)
+            return found
+
+    def found(self, *sizes: int) -> tuple[Tensor, Operator] | None:
+        """What :meth:`operands` returned last, or None if the bases have been drawn anew since."""
+        return self._found.get(sizes)  # type: ignore[arg-type]
 
     def scaled(self, a: Tensor, factor: float) -> Tensor:
-        """``factor · A[:r, :p]`` in float32 or wider, shared by all layers that need the same."""
-        key = tuple(a.shape), factor
-        if key not in self._scaled:
-            wider = torch.promote_types(a.dtype, torch.float32)
-            self._scaled[key] = factor * a.to(wider)
-        return self._scaled[key]
+        """``factor · A[:r, :p]`` in float32 or wider, shared by all who hold the same."""
+        key = a.shape[0], a.shape[1], factor
+        scaled = self._scaled.get(key)
+        if scaled is None:
+            with _aside():
+                scaled = factor * a.to(torch.promote_types(a.dtype, torch.float32))
+            self._scaled[key] = scaled
+        return scaled
 
     def _find(self, r: int, p: int, q: int, m: int) -> tuple[Tensor, Operator]:
         bank = self.bank
@@ -151,7 +161,6 @@ class Store:
         if has[0] < rows or has[1] < columns:
             refuse_to_draw()
             self._found.clear()
-            self.drawn += 1
             self.tensors.pop(key, None)  # free the smaller one first, for a lower peak
             size = self.bank.sizes[base] = larger_size(self.bank.sizes[base], (rows, columns))
             if by_width:

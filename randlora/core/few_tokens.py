@@ -6,8 +6,9 @@ there are more bases than tokens:
     (x Cᵀ)[t, (j,k)] = Λ[j,k] Σ_c Γ[j,c] A[k,c] x[t,c]
     (h C)[t, c]      = Σ_k A[k,c] Σ_j Γ[j,c] Λ[j,k] h[t,(j,k)]
 
-All of this is computed in the dtype of ``Λ``, ``Γ``
-and ``A``, float32 or wider, in which the sums cannot overflow.
+All of this is computed in the dtype of ``Λ``, ``Γ`` and ``A``, float32 or wider, in which the sums
+cannot overflow. One token is common and its products are small, so it gets the fewest calls: for it
+some intermediate results lack the dimension of tokens, and broadcasting puts it back.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def add_back_(
 ) -> Tensor:
     """``total + x Cᵀ Bᵀ``."""
     h = (_sums(cast(x, gamma.dtype), gamma, a) * lam).reshape(x.shape[0], lam.numel())
-    return b.tokens_addmm_(total, h if b.takes_float32 else cast(h, total.dtype))
+    return b.tokens_addmm_(total, h if b.takes_wider else cast(h, total.dtype))
 
 
 # shape: h (T, n·r), x (T, p), lam (n, r), gamma (n, p), a (r, p) -> (n, r), (n, p), (r, p)
@@ -49,9 +50,6 @@ def grads(
     if needs[2]:
         d_a = (_combined(h, lam, gamma) * x.unsqueeze(1)).sum(0)
     return d_lam, d_gamma, d_a
-
-
-# One token is common and its products are small, so it gets the fewest calls.
 
 
 # shape: x (T, p), a (r, p) -> (T·r, p)

@@ -48,7 +48,7 @@ class GatherOperator(Stored):
     """
 
     by_columns = True
-    takes_float32 = False
+    takes_wider = False
 
     def __init__(
         self, signs: Tensor, scale: float, dtype: torch.dtype, unit: float | None = None

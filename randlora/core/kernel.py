@@ -280,11 +280,11 @@ def few_linear(
     y_rows = y.view(-1, y.shape[-1])
     rows = x.view(-1, x.shape[-1]) if x.is_contiguous() else _rows(x)  # a view takes less time
     if wide:
-        xb = b.tokens_mm(cast(rows, gamma.dtype) if b.takes_float32 else rows)
-        few_tokens.add_through_(y_rows, xb, lam, gamma, a)
+        xb = b.tokens_mm(cast(rows, gamma.dtype) if b.takes_wider else rows)
+        added = few_tokens.add_through_(y_rows, xb, lam, gamma, a)
     else:
-        few_tokens.add_back_(y_rows, rows, lam, gamma, a, b)
-    return y, xb
+        added = few_tokens.add_back_(y_rows, rows, lam, gamma, a, b)
+    return y if added is y_rows else added.view(y.shape), xb
 
 
 # shape: d_weight and dw (out, in), left (T, m), rows (T, out), x (T, in) -> (n, r), (n, p), (r, p)

@@ -74,10 +74,10 @@ class KroneckerOperator(Stored):
         (q1, m1), (q2, m2) = left.shape, right.shape
         self.scale = math.sqrt(q1 * q2)
         # Small products in low precision take two or three times as long on a CPU.
-        self.takes_float32 = left.device.type == "cpu" and left.dtype.itemsize < 4
+        self.takes_wider = left.device.type == "cpu" and left.dtype.itemsize < 4
         # With their transposes: to make a view takes as long as to multiply for one token.
         self._factors = _with_transposes(left, right)
-        wider = (left.float(), right.float()) if self.takes_float32 else ()
+        wider = (left.float(), right.float()) if self.takes_wider else ()
         self._in_float32 = _with_transposes(*wider) if wider else ()
         self.half = q1 * m2
         if machine_of(left.device).balance:  # its multiply-adds, which are few beside the passes
@@ -150,7 +150,9 @@ class KroneckerOperator(Stored):
     def _factors_in(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         if dtype == self.left.dtype:
             return self._factors
-        return self._in_float32 or _with_transposes(self.left.to(dtype), self.right.to(dtype))
+        if dtype == torch.float32 and self._in_float32:
+            return self._in_float32
+        return _with_transposes(self.left.to(dtype), self.right.to(dtype))
 
     def rows(self, places: Tensor, dtype: torch.dtype) -> DenseOperator:
         q2 = len(self.right)

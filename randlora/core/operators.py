@@ -24,17 +24,18 @@ class Operator(Protocol):
     ``mm``, ``tmm`` and ``addmm_`` take matrices with columns of the weight. ``tokens_mm`` and
     ``tokens_addmm_`` take tokens. If ``by_columns``, ``tokens_mm`` returns ``(k, m)`` stored by
     columns, and ``tokens_addmm_`` is fastest if ``h`` is, too. Results are in the dtype of the
-    argument, sums in that of ``total``. If ``takes_float32``, ``x`` and ``h`` may be in float32
-    beside narrower bases and a narrower ``total``, which is faster for few tokens. ``addmm_`` and
+    argument, sums in that of ``total``. If ``takes_wider``, ``x`` and ``h`` may be wider than the
+    bases and ``total``, which is faster for few tokens. ``addmm_`` and
     ``tokens_addmm_`` overwrite ``total`` where :func:`randlora.core.matmul.in_place` allows it,
-    unless ``keep``. In low precision, dense products are rounded once. Costs are those of
-    :class:`randlora.core.planning.Work`; an operator without halves has ``half`` 0, and what is
-    called so is the whole.
+    unless ``keep``. In low precision, dense products are rounded once.
+
+    Costs are those of :class:`randlora.core.planning.Work`. Without factors ``half`` is 0, and the
+    methods of halves do the whole.
     """
 
     scale: float
     by_columns: bool
-    takes_float32: bool
+    takes_wider: bool
     half: int
     half_token_cost: int
     half_weight_cost: int
@@ -78,7 +79,7 @@ class Operator(Protocol):
         """One half of ``x B``: ``(k, q)`` to ``(k, half)``."""
         ...
 
-    def half_addmm_(self, total: Tensor, h: Tensor) -> Tensor:
+    def half_addmm_(self, total: Tensor, h: Tensor, *, keep: bool = False) -> Tensor:
         """The adjoint of ``tokens_half``, added: ``(k, q)`` and ``(k, half)`` to ``(k, q)``."""
         ...
 
@@ -99,8 +100,8 @@ class Stored:
     def tokens_half(self: Operator, x: Tensor) -> Tensor:
         return self.tokens_mm(x)
 
-    def half_addmm_(self: Operator, total: Tensor, h: Tensor) -> Tensor:
-        return self.tokens_addmm_(total, h)
+    def half_addmm_(self: Operator, total: Tensor, h: Tensor, *, keep: bool = False) -> Tensor:
+        return self.tokens_addmm_(total, h, keep=keep)
 
     def half_tmm(self, g: Tensor) -> Tensor:
         return g
@@ -116,7 +117,7 @@ class _Entries(Stored):
     """A unit base of which every entry is stored."""
 
     weight_cost = token_cost = 1000
-    by_columns = takes_float32 = False
+    by_columns = takes_wider = False
 
     def __init__(self, entries: Tensor, scale: float = 1.0, unit: float | None = None) -> None:
         self.entries = entries

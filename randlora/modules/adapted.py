@@ -187,7 +187,6 @@ def install(
     changes the module's class to an adapted one.
     """
     state: AdapterState = vars(module).setdefault("_randlora", AdapterState())
-    state.one_token = None
     for update, parameters in updates.items():
         state.updates.setdefault(adapter, {})[update.spec.parameter] = update
         for key, parameter in zip(update.parameter_names, parameters, strict=True):

@@ -14,15 +14,14 @@ from torch.fx import Proxy
 from randlora.bases.bank import BasisBank
 from randlora.core.checks import as_positive_int
 from randlora.core.kernel import autocast_dtype_of
-from randlora.core.matmul import in_place
 from randlora.core.operators import Operator
 from randlora.core.planning import AUTOMATIC, Choice, Plan, choose
-from randlora.functional import check_input, checked_linear, work_of
+from randlora.functional import check_input, check_shapes, checked_linear, work_of
 from randlora.modules.adapted import AdaptedModule, install, reset
 from randlora.modules.classes import adapted_class
 from randlora.modules.effective import active_tensor, delta_of, read_merged_weight
 from randlora.modules.fx import call_node
-from randlora.modules.one_token import OneToken
+from randlora.modules.one_token import prepare
 from randlora.modules.weight_update import (
     DEFAULT,
     Settings,
@@ -264,8 +263,10 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
         recorded = torch.is_grad_enabled()
         # Compiled code would depend on the prepared call.
         one = None if recorded or torch.compiler.is_compiling() else state.one_token
-        if one is not None and one.fits(self, input) and state.is_enabled():
-            return one(input, self.bias)  # type: ignore[no-any-return]
+        if one is not None and state.is_enabled():
+            y: Tensor | None = one.call(self, input)
+            if y is not None:
+                return y
         update = state.active_update("weight")
         if update is None or getattr(input, "is_nested", False):
             return F.linear(input, self.weight, self.bias)
@@ -276,11 +277,14 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
         elif isinstance(input, Tensor) and input.is_floating_point():
             input = input.to(dtype)
         check_input(input, self.in_features, dtype)
-        if not recorded and in_place() and input.numel() == self.in_features:
-            one = state.one_token = OneToken(self, update)
-            if one.fits(self, input):
-                return one(input, bias)
+        if not recorded and not torch.compiler.is_compiling():
+            one = prepare(self, update, input, weight)
+            if one is not None and one is not state.one_token:
+                state.one_token = one
+                if (y := one.call(self, input)) is not None:
+                    return y
         factors = update.factors(self, weight.device, dtype)
+        check_shapes(*factors[:4])
         token = state.checkpoint_token if recorded else 0
         settings = update.settings
         rest = settings.scaling, self.choice, token

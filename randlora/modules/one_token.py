@@ -23,53 +23,78 @@ from randlora.modules.weight_update import WeightUpdate
 class OneToken:
     """What a linear layer needs to compute one token, through the activations and without ``C``.
 
-    ``Λ``, ``Γ`` and a trained ``A`` are read in each call.
+    It holds no tensors of the module, which may be replaced or offloaded: each call reads them.
     """
 
-    def __init__(self, module: Any, update: WeightUpdate) -> None:
-        self.weight, self.choice = module._parameters["weight"], module.choice
-        self.dtype, self.place = self.weight.dtype, self.weight.get_device()
-        self.in_features, self.wide = module.in_features, update.spec.wide
-        self.store = update.store(self.weight.device, self.dtype)
-        a, self.b = self.store.operands(*update.sizes)
-        self.drawn = self.store.drawn
-        self.names, self.tensors = update.names, (self.weight, *update.parameters(module))
-        _, self.lam, self.gamma, *_ = self.tensors
+    def __init__(self, module: Any, update: WeightUpdate, weight: Tensor) -> None:
+        self.adapter, self.choice = module._randlora.active, module.choice
+        self.names, self.in_features = update.names, module.in_features
+        (r, p, _, m), self.wide = update.sizes, update.spec.wide
+        self.lam_shape, self.gamma_shape, self.a_shape = (m // r, r), (m // r, p), (r, p)
+        self.sizes, self.dtype, self.place = update.sizes, weight.dtype, weight.get_device()
         self.wider = torch.promote_types(self.dtype, torch.float32)
-        self.factor = update.settings.scaling * self.b.scale
+        self.store = update.store(weight.device, self.dtype)
+        a, b = self.store.operands(*self.sizes)
+        self.factor = update.settings.scaling * b.scale
         self.a = None if update.settings.train_a else self.store.scaled(a, self.factor)
-        work = work_of(
-            1, a, self.b, self.wide, self.dtype, needs_input=False, needs_parameters=False
-        )
-        by_activations = choose(work, self.choice).forward == "activations"
-        few = is_few(torch.empty(1, self.in_features, device="meta"), a, update.settings.num_bases)
-        self.usable = by_activations and few and not update.settings.dropout
+        needs = {"needs_input": False, "needs_parameters": False}
+        plan = choose(work_of(1, a, b, self.wide, self.dtype, **needs), self.choice)
+        few = is_few(torch.empty(1, self.in_features, device="meta"), a, m // r)
+        self.usable = plan.forward == "activations" and few
 
-    def fits(self, module: Any, x: Tensor) -> bool:
-        """Whether the call of ``x`` without gradients can be computed by this."""
-        weight = self.weight
+    def call(self, module: Any, x: Tensor) -> Tensor | None:
+        """Compute a call without gradients, or return None if it is not as it was prepared."""
         if not (
             self.usable
             and in_place()
             and type(x) is Tensor
-            and x.dtype == weight.dtype == self.dtype
+            and not x.is_nested
+            and x.dtype == self.dtype
             and x.numel() == self.in_features == x.shape[-1]
-            and weight.get_device() == self.place
-            and self.lam.dtype == self.gamma.dtype == self.wider
             and module.choice is self.choice
-            and self.store.drawn == self.drawn
+            and module._randlora.active == self.adapter
             and not torch._C._is_any_autocast_enabled()
+            and (found := self.store.found(*self.sizes)) is not None
         ):
-            return False
+            return None
         own = module._parameters
-        for name, tensor in zip(self.names, self.tensors, strict=True):
-            if own.get(name) is not tensor:
-                return False
-        return True
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute the call, which fits."""
+        weight, lam, gamma, *trained = [own.get(name) for name in self.names]
+        if (
+            weight is None
+            or lam is None
+            or gamma is None
+            or weight.dtype != self.dtype
+            or weight.get_device() != self.place
+            or lam.shape != self.lam_shape
+            or gamma.shape != self.gamma_shape
+            or (lam.dtype == torch.float64 and self.dtype != torch.float64)
+        ):
+            return None
         a = self.a
         if a is None:
-            a = self.factor * cast(self.tensors[3], self.wider)
-        return few_linear(x, self.weight, bias, self.lam, self.gamma, a, self.b, self.wide)[0]
+            a = trained[0]
+            if a is None or a.shape != self.a_shape:
+                return None
+            if a.dtype == torch.float64 and self.dtype != torch.float64:
+                return None
+            a = self.factor * cast(a, self.wider)
+        lam, gamma = cast(lam, self.wider), cast(gamma, self.wider)
+        return few_linear(x, weight, module.bias, lam, gamma, a, found[1], self.wide)[0]
+
+
+def prepare(module: Any, update: WeightUpdate, x: Tensor, weight: Tensor) -> OneToken | None:
+    """Prepare calls like this one, of ``x`` without gradients, or return None if that is no use."""
+    before: OneToken | None = module._randlora.one_token
+    if before is not None and not before.usable and before.choice is module.choice:
+        return before
+    if (
+        not in_place()
+        or type(x) is not Tensor
+        or x.numel() != module.in_features
+        or update.settings.dropout
+        or torch._C._is_any_autocast_enabled()
+        or any(name not in module._parameters for name in update.names)
+        or (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
+        return None
+    return OneToken(module, update, weight)

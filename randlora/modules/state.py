@@ -58,7 +58,7 @@ class AdapterState:
 
     def is_enabled(self) -> bool:
         """Whether the active adapter is used here: no disabled scope is open in this context."""
-        scope = innermost_scope(self) if self.disabled_scopes else None
+        scope = innermost_scope(self) if self.disabled_scopes else None  # mostly without a call
         if not torch.compiler.is_compiling():
             self._check_recomputed(scope)
         return scope is None
@@ -97,7 +97,7 @@ class AdapterState:
     def activate(self, adapter: str) -> None:
         """Make ``adapter`` the active one."""
         if adapter != self.active:
-            self.active, self.one_token = adapter, None
+            self.active = adapter
             self.earlier_forward_adapters |= self.forward_adapters
             self.forward_adapters = set()
 

@@ -135,7 +135,8 @@ class Settings:
         return self.rank, spec.p, spec.q, self.num_bases * self.rank
 
 
-_SHARED: dict[tuple[str, ...], tuple[str, ...]] = {}
+# One tuple of names for all layers that have the same.
+_NAMES: dict[tuple[str, ...], tuple[str, ...]] = {}
 
 
 class WeightUpdate:
@@ -152,7 +153,7 @@ class WeightUpdate:
         # The names of the weight and of the trained tensors. Interned ones are found faster, and so
         # are tuples that layers share.
         names = spec.parameter, *(f"{prefix}randlora_{name}" for name in self._symbols)
-        self.names = _SHARED.setdefault(names, tuple(map(sys.intern, names)))
+        self.names = _NAMES.setdefault(names, tuple(map(sys.intern, names)))
         self.parameter_names = self.names[1:]
         self._stores: dict[tuple[torch.device, torch.dtype], Store] = {}
         # A and B for compiled code.

@@ -1,7 +1,9 @@
 """A call of one token without gradients is prepared, and computes what any other call does."""
 
 import copy
+import itertools
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.nn.utils import parametrize
 
 import randlora
 from randlora import BasisBank, Choice, RandLoRALinear
+from randlora.core import kernel
 from randlora.modules import one_token
 from tests.support.cases import KINDS, assert_close
 
@@ -22,13 +25,12 @@ SHAPES = [(64, 48), (48, 64), (64, 64)]
 def prepared(monkeypatch):
     """How often a prepared call was used."""
     calls = []
-    original = one_token.OneToken.__call__
 
-    def call(self, x, bias):
+    def few_linear(x, *arguments):
         calls.append(x.shape)
-        return original(self, x, bias)
+        return kernel.few_linear(x, *arguments)
 
-    monkeypatch.setattr(one_token.OneToken, "__call__", call)
+    monkeypatch.setattr(one_token, "few_linear", few_linear)
     return calls
 
 
@@ -149,7 +151,9 @@ CHANGES = [
     another_adapter,
 ]  # fmt: skip
 KEEP_THE_OUTPUT = by_weight, merged, in_float32, in_bfloat16_by_hand, weight_in_bfloat16_by_hand
-KEEP_IT_PREPARED = changed_in_place, other_data, other_bias
+KEEP_IT_PREPARED = (
+    changed_in_place, replaced, replaced_weight, other_data, other_bias, parametrized, merged
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -160,10 +164,10 @@ def test_it_notices_what_is_changed(change, prepared):
     change(layer)
     prepared.clear()
     after = check(layer)
-    assert bool(prepared) == (change not in (by_weight, parametrized, merged, in_bfloat16_by_hand))
+    assert bool(prepared) == (change not in (by_weight, parametrized, merged))
     same = (before.double() - after.double()).norm() < 0.02 * before.norm()
     assert same == (change in KEEP_THE_OUTPUT)
-    assert (layer._randlora.one_token is one) == (change in (*KEEP_IT_PREPARED, merged))
+    assert (layer._randlora.one_token is one) == (change in KEEP_IT_PREPARED)
     check(layer)
 
 
@@ -216,6 +220,9 @@ def test_other_calls_are_not_prepared(prepared):
         assert not torch.equal(layer.train()(x), layer(x))
     layer = a_layer(dtype=torch.float32)
     layer(x)
+    check(layer, x.expand(2, 1, -1))
+    check(layer)
+    prepared.clear()
     check(layer, x.expand(2, 1, -1))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
@@ -283,15 +290,167 @@ def test_copies_prepare_their_own(prepared):
     check(layer)
 
 
+def test_nothing_of_the_module_is_kept_alive():
+    """Offloading puts weights in place for a call and takes them away."""
+    layer = a_layer(dtype=torch.float32)
+    check(layer)
+    gone = [weakref.ref(p) for p in (layer.base_weight, layer.randlora_gamma)]
+    layer.load_state_dict({k: v.clone() for k, v in layer.state_dict().items()}, assign=True)
+    assert [ref() for ref in gone] == [None, None]
+    check(layer)
+    gone = [weakref.ref(layer.base_weight)]
+    kept = layer.base_weight.to("meta")
+    layer._parameters["weight"] = nn.Parameter(kept, requires_grad=False)
+    assert gone[0]() is None
+
+
 def test_bases_that_grow_are_not_kept_twice(prepared):
     layer = a_layer(dtype=torch.float32)
     check(layer)
+    old = weakref.ref(layer.operands(torch.float32)[1].entries.untyped_storage())
     RandLoRALinear(200, 300, rank=8, bank=layer.bank)
-    old = layer._randlora.one_token
+    assert old() is None
     check(layer)
-    assert layer._randlora.one_token is not old
-    _, b = layer.operands(torch.float32)
-    assert layer._randlora.one_token.b is b
+    check(layer)
+    assert len(prepared) == 3
+
+
+def test_what_is_kept_for_prepared_calls_is_counted_and_freed():
+    bank = BasisBank("dense")
+    kept = RandLoRALinear(64, 48, rank=4, bank=bank)
+    held = bank.nbytes
+    for alpha in (1.0, 2.0, 3.0):
+        layer = RandLoRALinear(64, 48, rank=4, bank=bank, alpha=alpha).eval()
+        check(layer)
+        assert bank.nbytes == held + 4 * 4 * 48
+        del layer
+        assert bank.nbytes == held
+    check(kept)
+
+
+def test_an_adapter_that_is_switched_while_a_call_is_prepared_is_not_used(monkeypatch):
+    layer = a_layer()
+    another_adapter(layer)
+    randlora.set_adapter(layer, "default")
+    original = one_token.OneToken.__init__
+
+    def switch_after(self, *arguments):
+        original(self, *arguments)
+        monkeypatch.undo()
+        randlora.set_adapter(layer, "other")
+
+    monkeypatch.setattr(one_token.OneToken, "__init__", switch_after)
+    with torch.no_grad():
+        layer(a_token(layer))  # of one of the two
+    check(layer)
+
+
+def test_a_call_that_cannot_be_prepared_is_tried_once(monkeypatch):
+    made = []
+    original = one_token.OneToken.__init__
+    monkeypatch.setattr(
+        one_token.OneToken, "__init__", lambda *args: made.append(1) or original(*args)
+    )
+    for layer in (a_layer(), a_layer(num_bases=1)):
+        made.clear()
+        layer.choice = Choice(forward="weight") if layer.num_bases > 1 else Choice()
+        for _ in range(3):
+            check(layer)
+        assert len(made) == 1
+        assert not layer._randlora.one_token.usable
+    made.clear()
+    check(a_layer(dropout=0.1))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        layer = a_layer(dtype=torch.float32)
+        layer(a_token(layer))
+    assert not made
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_nested_tensor_of_one_token_is_none():
+    layer = a_layer()
+    x = a_token(layer, 1)
+    want = check(layer, x)
+    with torch.no_grad():
+        nested = torch.nested.nested_tensor([x])
+        torch.testing.assert_close(layer(nested).unbind()[0], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_wider_parameters_than_float32_are_used_as_such(kind, dtype, prepared):
+    for shape, train_a in itertools.product(((512, 600), (600, 512)), (False, True)):
+        layer = RandLoRALinear(*shape, rank=4, bank=BasisBank(kind), dtype=dtype, train_a=train_a)
+        layer.randlora_gamma.data.normal_()
+        check(layer, a_token(layer, 1))
+        assert prepared
+        prepared.clear()
+        wider = [layer.randlora_a] if train_a else [layer.randlora_lambda, layer.randlora_gamma]
+        for parameter in wider:
+            parameter.data = torch.randn_like(parameter, dtype=torch.float64)
+        for tokens in (1, 2, 3):
+            check(layer, a_token(layer, tokens))
+        assert not prepared
+
+
+@pytest.mark.parametrize("name", ["lambda", "gamma", "a"])
+def test_parameters_of_other_shapes_are_refused(name):
+    """They could be broadcast."""
+    for tokens, before in itertools.product((1, 40), (False, True)):
+        layer = a_layer(train_a=True)
+        if before:
+            check(layer)
+        parameter = getattr(layer, f"randlora_{name}")
+        parameter.data = parameter.data[:1]
+        with torch.no_grad(), pytest.raises(ValueError, match="must have shape"):
+            layer(a_token(layer, tokens))
+
+
+def test_a_plan_that_is_fixed_later_is_followed(prepared):
+    layer = a_layer()
+    layer.choice = Choice(forward="weight")
+    check(layer)
+    assert not prepared
+    layer.choice = Choice()
+    check(layer)
+    assert len(prepared) == 1
+
+
+def test_bases_of_before_are_freed(prepared):
+    layer = a_layer(dtype=torch.float32)
+    check(layer)
+    held = layer.bank.nbytes
+    layer.double()
+    assert layer.bank.nbytes < 2 * held  # of float64 alone, without what calls keep
+    check(layer)
+    other = BasisBank("dense", seed=7)
+    randlora.inject(nn.Sequential(layer), 6, adapter="other", basis=other)
+    randlora.set_adapter(layer, "other")
+    check(layer)
+    assert other.nbytes
+    randlora.set_adapter(layer, "default")
+    randlora.delete_adapter(layer, "other")
+    assert other.nbytes == 0
+
+
+def test_an_adapter_of_the_same_name_is_another(prepared):
+    layer = a_layer()
+    another_adapter(layer)
+    check(layer)
+    randlora.set_adapter(layer, "default")
+    randlora.delete_adapter(layer, "other")
+    randlora.inject(nn.Sequential(layer), 6, adapter="other", alpha=100.0)
+    randlora.set_adapter(layer, "other")
+    nn.init.normal_(layer.double().other_randlora_gamma)
+    check(layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_in_low_precision_are_prepared_too(dtype, prepared):
+    layer = a_layer(dtype=torch.float32).to(dtype)
+    check(layer)
+    check(layer)
+    assert len(prepared) == 2
 
 
 def test_a_checkpointed_call_of_another_adapter_is_refused():
