@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
-from torch.autograd import forward_ad
 from torch.jit._trace import TracerWarning
 
 from randlora.core.kernel import EffectiveWeight, Linear
 from randlora.core.machine import machine_of
+from randlora.core.matmul import transforming
 from randlora.core.operators import Operator
 from randlora.core.planning import AUTOMATIC, UNKNOWN_TOKENS, Choice, Work, choose
 
@@ -233,14 +233,18 @@ def _tracing() -> bool:
 
 
 def _run(function: Any, *arguments: Any) -> Any:
-    """Call an autograd function, or its forward alone if there is nothing to record.
+    """Call an autograd function, or its forward alone as operations that torch differentiates.
 
-    A trace cannot record a function, and calling one takes longer than a small layer.
+    The latter for traces and transforms, which cannot take in a function, and if there is nothing
+    to record: calling a function takes longer than a small layer.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return function.apply(*arguments)
-    recorded = torch.is_grad_enabled() or forward_ad._current_level >= 0
-    if not recorded or torch._C._get_tracing_state() is not None:
+    if torch._C._get_tracing_state() is not None or transforming():
+        return function.forward(*arguments)
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    if not torch.is_grad_enabled():
         return function.forward(*arguments)
     # As `function.apply` does, which first takes the signature of `forward` apart. That takes
     # longer than a small layer, too.

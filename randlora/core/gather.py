@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from randlora.core.matmul import in_place, uses_onednn
+from randlora.core.matmul import in_place, transforming, uses_onednn
 from randlora.core.operators import DenseOperator, Stored
 
 _TILE = 128  # columns gathered at a time: 3,000 rows of them fit into a cache of 1.5 MB
@@ -125,6 +125,8 @@ def _gather(bags: _Bags, table: Tensor) -> Tensor:
     """Row ``i`` of the result is the signed sum of the rows of ``table`` in bag ``i``."""
     if not torch.compiler.is_compiling() and not table.numel():
         return table.new_zeros(len(bags.offsets) - 1, table.shape[1])
+    if not torch.compiler.is_compiling() and transforming():
+        return _dense(bags, table.shape[0]) @ table  # transforms do not know embedding_bag
     return F.embedding_bag(
         bags.places,
         table.contiguous(),
@@ -133,3 +135,11 @@ def _gather(bags: _Bags, table: Tensor) -> Tensor:
         per_sample_weights=bags.signs,
         include_last_offset=True,
     )
+
+
+def _dense(bags: _Bags, columns: int) -> Tensor:
+    """The matrix with the non-zeros in ``bags``."""
+    counts = bags.offsets[1:] - bags.offsets[:-1]
+    entries = bags.signs.new_zeros(len(counts), columns)
+    entries[torch.repeat_interleave(counts), bags.places.long()] = bags.signs
+    return entries

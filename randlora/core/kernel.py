@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from randlora.core import few_tokens
-from randlora.core.matmul import addmm_, apply_to_parts, cast, mm, mm_wider
+from randlora.core.matmul import addmm_, apply_to_parts, cast, mm, mm_wider, transforming
 from randlora.core.operators import Operator
 from randlora.core.planning import FEW_FOR_GRADS, Plan
 from randlora.core.update import FactoredUpdate, Grads, Needs, is_few
@@ -59,9 +59,12 @@ def _mark(like: Tensor, token: int) -> Tensor | None:
 def _owned(result: Tensor) -> Tensor:
     """``result`` as a tensor that is not a view, so that it can be changed in place.
 
-    While a trace runs the function as plain operations (with gradients enabled), a view is allowed.
+    Where the function runs as plain operations a view is allowed: in a trace (with gradients
+    enabled), and under transforms, of which detaching could lose the tangent.
     """
     if torch.is_grad_enabled():
+        return result
+    if not torch.compiler.is_compiling() and transforming():
         return result
     view = torch.compiler.is_compiling() or result._is_view()  # compilers cannot tell
     return result.detach() if view else result

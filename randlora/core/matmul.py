@@ -106,6 +106,19 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+def transforming() -> bool:
+    """Whether a transform that autograd functions do not support is active.
+
+    These are all of ``torch.func`` but ``grad`` and ``vjp``, and forward-mode differentiation.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() != torch._C._functorch.TransformType.Grad for level in stack)
+
+
 def apply_to_parts(
     total: Tensor,
     parts: Sequence[slice],
