@@ -60,8 +60,8 @@ class FactoredUpdate:
         self.lam, self.gamma, self.a, self.b, self.wide = lam, gamma, a, b, wide
         self.scaling = scaling * b.scale
         self.dtype = a.dtype if dtype is None else dtype
-        wide_ones = torch.float64 in (lam.dtype, a.dtype, self.dtype)
-        self.wider = torch.float64 if wide_ones else torch.float32
+        double = torch.float64 in (lam.dtype, a.dtype, self.dtype)
+        self.wider = torch.float64 if double else torch.float32
         self.dim = 0 if wide else 1  # the dimension of the weight that has size p
         self.machine = machine.machine_of(lam.device)
         self.eager = in_place()

@@ -11,6 +11,7 @@ from torch.export import Dim, export
 from randlora import BasisBank, Choice, RandLoRALinear
 from randlora.core import kernel, update
 from randlora.core.planning import FEW_FOR_GRADS
+from randlora.functional import randlora_linear
 from tests.support.cases import KINDS, case
 from tests.support.oracle import EVERY, linear_agrees
 
@@ -33,6 +34,22 @@ def test_every_plan_gives_what_the_oracle_gives(tiled, kind, shape, monkeypatch)
     for tokens, choice in itertools.product((0, 1, 3, 4, 12, 13), EVERY):
         linear_agrees(case(BasisBank(kind, seed=2), *shape, 1, 24, lead=(tokens,)), choice)
     assert found == {(times, is_it) for times in ((), (FEW_FOR_GRADS,)) for is_it in (True, False)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(10, 8), (8, 10)])
+def test_one_token_can_be_differentiated_twice(shape, kind):
+    c = case(BasisBank(kind, seed=2), *shape, 1, 8, lead=(1,))
+    _, b = c.operands()
+    leaves = [t.detach().requires_grad_() for t in (c.x, c.weight, c.bias, c.lam, c.gamma, c.a)]
+    assert update.is_few(c.x, c.a, 8, FEW_FOR_GRADS)
+    for choice in EVERY:
+
+        def fn(*leaves, b=b, choice=choice):
+            return randlora_linear(*leaves, b, scaling=0.7, choice=choice)
+
+        assert torch.autograd.gradcheck(fn, leaves, fast_mode=True)
+        assert torch.autograd.gradgradcheck(fn, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
