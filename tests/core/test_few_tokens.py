@@ -98,3 +98,19 @@ def test_bad_input_draws_no_bases():
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="63"):
         layer(torch.randn(3, 63))
     assert bank.nbytes == before
+
+
+def test_the_limit_of_memory_holds_for_few_tokens(monkeypatch):
+    x, a = torch.empty(3, 64, device="meta"), torch.empty(8, 64, device="meta")
+    assert update.is_few(x, a, 8)
+    monkeypatch.setattr("randlora.core.machine.TRANSIENT_BYTES", 8 * 3 * 8 * 64 - 1)
+    assert not update.is_few(x, a, 8)
+
+
+def test_what_is_kept_of_few_tokens_is_in_their_dtype():
+    layer = RandLoRALinear(640, 160, rank=8, bank=BasisBank("isometric"), dtype=torch.bfloat16)
+    layer.choice = Choice("activations", "weight", "activations", "xb")
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(torch.randn(3, 640).bfloat16())
+    assert [t.dtype for t in saved if t.shape == (3, 160)] == [torch.bfloat16]

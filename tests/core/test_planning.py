@@ -172,6 +172,13 @@ def test_a_wide_layer_keeps_the_smaller_activation():
     assert saved_numel(work, choose(work)) == 3200 * 768
 
 
+def test_one_half_is_kept_of_x_b():
+    work = Work(tokens=30, p=8, q=12, m=8, n=4, wide=True, half=10)
+    plan = Plan("weight", "weight", "activations", "xb", halves=True)
+    assert plan in plans(work)
+    assert saved_numel(work, plan) == 30 * 10
+
+
 def test_the_weight_is_kept_only_on_request():
     work = Work(tokens=3200, p=768, q=768, m=768, n=128, wide=False)
     assert not choose(work).keep_weight
