@@ -94,7 +94,7 @@ class KroneckerOperator(Stored):
         self.half_token_cost, self.half_weight_cost = halves
 
     def mm(self, c: Tensor) -> Tensor:
-        q1, q2 = self.left.shape[0], len(self.right)
+        q1, q2 = self.left.shape[0], self.right.shape[0]
         return bmm(self.right, self._left_first(c)).view(q1 * q2, -1)[: self.shape[0]]
 
     def tmm(self, g: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class KroneckerOperator(Stored):
         return mm(self.left.T, blocks.view(q1, m2 * k)).view(m1 * m2, k)[: self.shape[1]]
 
     def addmm_(self, total: Tensor, c: Tensor, *, keep: bool = False) -> Tensor:
-        q1, q2 = self.left.shape[0], len(self.right)
+        q1, q2 = self.left.shape[0], self.right.shape[0]
         if total.shape[0] == q1 * q2 and total.is_contiguous():
             added = baddbmm_(total.view(q1, q2, -1), self.right, self._left_first(c), keep=keep)
             return added.view(total.shape)
@@ -134,7 +134,7 @@ class KroneckerOperator(Stored):
     def half_addmm_(self, total: Tensor, h: Tensor, *, keep: bool = False) -> Tensor:
         right, right_t = self._factors_in(h.dtype)[1::2]
         q1, (q2, m2), k = self.left.shape[0], right.shape, h.shape[0]
-        blocks = h.view(k * q1, m2)
+        blocks = h.reshape(k * q1, m2)
         if total.shape[1] == q1 * q2 and total.dtype == h.dtype and total.is_contiguous():
             rows = total.view(k * q1, q2)
             added = addmm_(rows, blocks, right_t, keep=keep)

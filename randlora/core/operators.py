@@ -25,9 +25,9 @@ class Operator(Protocol):
     ``tokens_addmm_`` take tokens. If ``by_columns``, ``tokens_mm`` returns ``(k, m)`` stored by
     columns, and ``tokens_addmm_`` is fastest if ``h`` is, too. Results are in the dtype of the
     argument, sums in that of ``total``. If ``takes_wider``, ``x`` and ``h`` may be wider than the
-    bases and ``total``, which is faster for few tokens. ``addmm_`` and
-    ``tokens_addmm_`` overwrite ``total`` where :func:`randlora.core.matmul.in_place` allows it,
-    unless ``keep``. In low precision, dense products are rounded once.
+    bases and ``total``, which is faster for few tokens. ``addmm_`` and ``tokens_addmm_`` overwrite
+    ``total`` where :func:`randlora.core.matmul.in_place` allows it, unless ``keep``. In low
+    precision, dense products are rounded once.
 
     Costs are those of :class:`randlora.core.planning.Work`. Without factors ``half`` is 0, and the
     methods of halves do the whole.

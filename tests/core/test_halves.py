@@ -60,6 +60,8 @@ def test_the_whole_is_its_halves(sizes):
         total = torch.randn(k, q, dtype=torch.float64)
         got = ((b.half_addmm_(total.clone(), h) - total) * x).sum()
         assert_close(got, (half * h).sum(), 1e-12)
+        strided = h.T.contiguous().T
+        assert_close(b.half_addmm_(total.clone(), strided), b.half_addmm_(total.clone(), h), 1e-14)
 
 
 def test_what_has_no_halves_is_whole():
