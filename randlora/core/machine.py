@@ -25,7 +25,7 @@ class Machine:
     # By the bytes of a number, the multiply-adds that take as long as moving it; none: moving is
     # not counted.
     balance: Mapping[int, int]
-    # Bytes of C that are formed, and of int8 signs that are cast, at a time; 0: as much as the limit
+    # Bytes of C that are formed, and of int8 signs that are cast, at a time; 0: what the limit
     # of memory allows.
     part_bytes: int
 
