@@ -14,6 +14,7 @@ from randlora.bases.peft_rule import PEFT_KINDS, PeftBank
 from randlora.bases.streams import FORMAT_VERSION
 from randlora.core.checks import as_positive_int, as_real
 from randlora.files.errors import BaseModelError, BasesError
+from randlora.modules.sharding import local, whole
 from randlora.modules.weight_update import Settings, WeightSpec
 
 FORMATS = 1, 2  # 2: with a trained A
@@ -201,10 +202,11 @@ def _bank(recipe: Mapping[str, Any], tensors: Mapping[str, Tensor], place: int) 
 
 def samples(weight: Tensor | None) -> Tensor:
     """Some entries of a base weight, equal in every dtype up to rounding; zeros if unreadable."""
-    if weight is None or not weight.is_floating_point():
+    known = weight is not None and type(local(weight)) in (torch.nn.Parameter, Tensor)
+    if weight is None or not known or not weight.is_floating_point():
         return torch.zeros(SAMPLES)
     places = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64).long()
-    return weight.detach().reshape(-1)[places.to(weight.device)].float().cpu()
+    return whole(weight.detach()).reshape(-1)[places.to(weight.device)].float().cpu()
 
 
 def check_base_weights(data: AdapterData, weights: Mapping[str, Tensor | None]) -> None:

@@ -35,6 +35,7 @@ from randlora.files.errors import (
 from randlora.files.restoring import restore
 from randlora.files.storage import _packed, _path, _unpacked, replacing, safetensors
 from randlora.model.index import ModelT, active_adapter, adapted_modules, check_adapter_exists, join
+from randlora.modules.sharding import mesh_of, write_once
 from randlora.modules.weight_update import DEFAULT, check_adapter_name
 
 __all__ = ["adapter_state_dict", "load_adapter", "read", "save_adapter"]
@@ -117,11 +118,15 @@ def save_adapter(
     header = data.header()
     header["checksum"] = _checksum(header, tensors)
     text = json.dumps(header)
-    with replacing(target) as file:
-        if target.suffix == ".pt":
-            torch.save({"randlora": text, **_packed(tensors)}, file)
-        else:
-            file.write(safetensors().torch.save(tensors, {"randlora": text}))
+
+    def write() -> None:
+        with replacing(target) as file:
+            if target.suffix == ".pt":
+                torch.save({"randlora": text, **_packed(tensors)}, file)
+            else:
+                file.write(safetensors().torch.save(tensors, {"randlora": text}))
+
+    write_once(mesh_of(model.parameters()), write)
 
 
 def read(path: str | os.PathLike[str]) -> AdapterData:

@@ -21,6 +21,7 @@ from randlora.model.index import (
     moving_buffers,
     tensor_names,
 )
+from randlora.modules.sharding import whole
 from randlora.modules.state import adapter_keys, state_of, tensor_of, tensors_equal
 from randlora.modules.weight_update import Settings, WeightSpec
 
@@ -38,7 +39,7 @@ def _saved(modules: Mapping[str, Any], adapter: str) -> dict[str, Tensor]:
                 )
             moves = name in module._buffers and adapter not in state.fully_trained
             if not (moves and tensors_equal(tensor_of(module, name), copied)):
-                saved[join(path, name)] = copied
+                saved[join(path, name)] = whole(copied.detach())
     return saved
 
 
@@ -78,7 +79,7 @@ def _besides(model: nn.Module, adapter: str, include: bool | None) -> dict[str, 
             f"model must have frozen base weights to be saved, but trains {', '.join(updated)} "
             "beside an update of it; trained_besides=False leaves it out"
         )
-    return {**(trained if include else {}), **buffers}
+    return {name: whole(t) for name, t in trained.items() if include} | buffers
 
 
 def collect(
@@ -105,7 +106,7 @@ def collect(
             if update.bank not in banks:
                 banks.append(update.bank)
             updates[name] = update.spec, update.settings, banks.index(update.bank)
-            lam, gamma, *own = (t.detach().cpu() for t in update.parameters(module))
+            lam, gamma, *own = (whole(t.detach()).cpu() for t in update.parameters(module))
             packed = [torch.cat([lam, gamma], -1), *(a.clone() for a in own)]
             numbers[name], *own = (t if dtype is None else t.to(dtype) for t in packed)
             if own:
@@ -116,7 +117,7 @@ def collect(
                     "that are infinite or NaN"
                 )
             weight = module._parameters.get(parameter)
-            base[name] = samples(weight if type(weight) is nn.Parameter else None)
+            base[name] = samples(weight)
     saved = _saved(modules, adapter)
     saved |= _besides(model, adapter, trained_besides)
     for name, tensor in saved.items():

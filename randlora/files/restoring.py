@@ -22,6 +22,7 @@ from randlora.model.installing import (
     untrainable,
 )
 from randlora.modules.effective import refresh_merged_weights
+from randlora.modules.sharding import like
 from randlora.modules.state import set_copy, state_of, tensor_of
 from randlora.modules.table import parameter_spec
 from randlora.modules.weight_update import Settings, WeightSpec, WeightUpdate
@@ -61,7 +62,8 @@ def restore(model: ModelT, data: AdapterData, adapter: str, *, check_base: bool)
             changes = prepare_copies(index, adapter, further)
         else:
             updates = _updates(data, index, targets)
-            changes = prepare(index, adapter, updates, saved_modules, further)
+            wide = {targets[n] for n, t in data.numbers.items() if t.dtype == torch.float64}
+            changes = prepare(index, adapter, updates, saved_modules, further, wide)
     except TypeError as error:
         raise MismatchError(str(error)) from error
     if present:
@@ -69,7 +71,7 @@ def restore(model: ModelT, data: AdapterData, adapter: str, *, check_base: bool)
         train(model)
     else:
         install(index, adapter, changes)
-    _load_numbers(data, targets, adapter, keep_dtype=bool(present))
+    _load_numbers(data, targets, adapter)
     _load_copies(index, saved, adapter)
     for module in index.adapted.values():
         refresh_merged_weights(module)
@@ -98,16 +100,12 @@ def _updates(
 
 
 @torch.no_grad()
-def _load_numbers(
-    data: AdapterData, targets: Mapping[str, TargetWeight], adapter: str, *, keep_dtype: bool
-) -> None:
-    """Write ``Λ``, ``Γ`` and ``A``. Unless ``keep_dtype``, float64 numbers make them float64."""
+def _load_numbers(data: AdapterData, targets: Mapping[str, TargetWeight], adapter: str) -> None:
+    """Write ``Λ``, ``Γ`` and ``A``."""
     for name, (module, spec) in targets.items():
         update = state_of(module).updates[adapter][spec.parameter]
         for parameter, numbers in zip(update.parameters(module), data.trained(name), strict=True):
-            if not keep_dtype and numbers.dtype == torch.float64:
-                parameter.data = parameter.data.double()
-            parameter.copy_(numbers)
+            parameter.copy_(like(numbers, parameter))
 
 
 def _load_copies(index: ModelIndex, saved: Tensors, adapter: str) -> None:
@@ -277,4 +275,4 @@ def _base_weights(targets: Mapping[str, TargetWeight]) -> Iterator[tuple[str, Te
     """The base weights by name; None for an unreadable one."""
     for name, (module, spec) in targets.items():
         weight = module._parameters.get(spec.parameter)
-        yield name, weight if type(weight) is nn.Parameter else None
+        yield name, weight

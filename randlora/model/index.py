@@ -16,11 +16,20 @@ from torch import nn
 
 from randlora.model.patterns import Parameter
 from randlora.modules.adapted import AdaptedModule, plain_class
+from randlora.modules.sharding import Groups, reshard
 from randlora.modules.state import adapter_keys
 from randlora.modules.table import handler_of, is_unreadable, weight_specs
 from randlora.modules.weight_update import WeightSpec, check_adapter_name
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+
+# Wrappers that average the gradients of the parameters that they find when they are made.
+_SYNCHRONISING = frozenset(
+    {
+        "torch.nn.parallel.distributed.DistributedDataParallel",
+        "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
+    }
+)
 
 # Wrappers by class, with the name under which each holds the module that it wraps.
 _WRAPPERS = {
@@ -173,9 +182,15 @@ def _wrapped(module: nn.Module) -> str | None:
     return next((_WRAPPERS[name] for name in names if name in _WRAPPERS), None)
 
 
-def adapted_modules(model: nn.Module) -> dict[str, Any]:
-    """The adapted modules of a model, each by its first name; it is an error if there are none."""
+def adapted_modules(model: nn.Module, *, called: bool = False) -> dict[str, Any]:
+    """The adapted modules of a model, each by its first name; it is an error if there are none.
+
+    Unless the model may be in a call, parameters that FSDP gathered for one are sharded again, so
+    that all are in the same state.
+    """
     modules = ModelIndex(model).adapted
+    if not called:
+        reshard(model)
     if not modules:
         raise ValueError("model must be adapted, but no layer of it is; see randlora.inject")
     return modules
@@ -192,6 +207,25 @@ def active_adapter(modules: Mapping[str, Any]) -> str:
         )
     (adapter,) = active
     return str(adapter)
+
+
+def refuse_wrapped(model: nn.Module, change: str) -> None:
+    """Raise if a model is wrapped by code that notes at its start which parameters are trained."""
+    for module in model.modules():
+        for cls in type(module).__mro__:
+            if f"{cls.__module__}.{cls.__qualname__}" in _SYNCHRONISING:
+                raise ValueError(
+                    f"model must not be inside of {cls.__name__} to {change}: it would not average "
+                    "the gradients over the processes; wrap the model afterwards"
+                )
+
+
+def require_groups(model: nn.Module, modules: Mapping[str, Any]) -> None:
+    """Raise if some of the adapted modules are sharded, but not by ``fully_shard`` in ``model``."""
+    groups = Groups(model)
+    for name, module in modules.items():
+        for parameter in module._parameters:
+            groups.require(name, module, parameter)
 
 
 def check_adapter_exists(modules: Mapping[str, Any], adapter: str) -> None:

@@ -6,7 +6,7 @@ This module and :mod:`randlora.modules` change the classes and parameters of a u
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -22,12 +22,14 @@ from randlora.model.index import (
     adapted_modules,
     device_of,
     moving_buffers,
+    refuse_wrapped,
     tensor_names,
 )
 from randlora.modules import adapted
-from randlora.modules.adapted import AdaptedModule
+from randlora.modules.adapted import AdaptedModule, change_class, classes_in_front
 from randlora.modules.classes import adapted_class, can_become
 from randlora.modules.recurrent import AdaptedRNN
+from randlora.modules.sharding import Groups, NewMember, check_dtypes, reshard, whole
 from randlora.modules.state import state_of, tensor_of
 from randlora.modules.table import handler_of
 from randlora.modules.weight_update import DEFAULT, Settings, WeightUpdate
@@ -41,6 +43,7 @@ class ModuleChanges:
     copies: dict[str, tuple[str, Tensor]] = field(default_factory=dict)  # by name: key, tensor
     fully_trained: bool = False
     new_class: Any = None
+    sharded: dict[str, NewMember] = field(default_factory=dict)  # by key, for FSDP
 
 
 Changes: TypeAlias = dict[nn.Module, ModuleChanges]
@@ -52,28 +55,42 @@ def prepare(
     updates: Mapping[TargetWeight, tuple[Settings, BasisBank]],
     saved: Iterable[nn.Module],
     also: Mapping[nn.Module, Iterable[str]] | None = None,
+    wide: Container[TargetWeight] = (),
 ) -> Changes:
     """Make everything that a new adapter needs, or raise. The model is not changed.
 
     The adapter trains the modules in ``saved`` in full. It also gets copies of the parameters and
-    buffers that ``also`` names.
+    buffers that ``also`` names. The trained tensors of updates in ``wide`` are in float64.
     """
     changes: Changes = {}
+    saved = set(saved)
+    refuse_wrapped(index.model, "get an adapter")
+    reshard(index.model)
+    groups = Groups(index.model)
+    for module in {*(module for module, _ in updates), *saved}:
+        for parameter in module._parameters:
+            groups.require(index.name(module), module, parameter)
     for (module, spec), (settings, bank) in updates.items():
         update = WeightUpdate(adapter, spec, settings, bank)
         _refuse_taken_names(index, module, adapter, update.parameter_names)
         bank.reserve(*update.sizes)
-        made = update.make_parameters(device_of(module))
-        changes.setdefault(module, ModuleChanges()).updates[update] = made
-    saved = set(saved)
+        dtype = torch.float64 if (module, spec) in wide else torch.float32
+        made = update.make_parameters(device_of(module), dtype)
+        own = changes.setdefault(module, ModuleChanges())
+        own.updates[update] = ()
+        for key, one in zip(update.parameter_names, made, strict=True):
+            if (member := groups.new_member(one, module, spec.parameter)) is not None:
+                own.sharded[key] = member
+            own.updates[update] += (one if member is None else member.parameter,)
     wanted = {}
     for module in index.names:
         usual = tensor_names(module) if module in saved else moving_buffers(module)
         wanted[module] = list(dict.fromkeys([*usual, *(also or {}).get(module, ())]))
-    _add_copies(index, adapter, changes, wanted)
+    _add_copies(index, adapter, changes, wanted, groups)
     for module, own in changes.items():
         own.fully_trained = module in saved
         own.new_class = _new_class(index, module, own)
+    check_dtypes(member for own in changes.values() for member in own.sharded.values())
     for module, own in changes.items():  # after all sizes are reserved
         for update in own.updates:
             update.draw_bases(module)
@@ -85,7 +102,9 @@ def prepare_copies(
 ) -> Changes:
     """Make copies of further parameters and buffers for an adapter that the model has, or raise."""
     changes: Changes = {}
-    _add_copies(index, adapter, changes, wanted)
+    refuse_wrapped(index.model, "get new parameters")
+    reshard(index.model)
+    _add_copies(index, adapter, changes, wanted, Groups(index.model))
     for module, own in changes.items():
         own.new_class = _new_class(index, module, own)
     return changes
@@ -108,14 +127,22 @@ def install_changes(adapter: str, changes: Changes, active: str) -> None:
                 parameter.requires_grad_(False)
         adapted.install(module, adapter, own.updates, own.copies, fully_trained=own.fully_trained)
         state_of(module).active = active
-        object.__setattr__(module, "__class__", own.new_class)
+        change_class(module, own.new_class)
+    for module, own in changes.items():
+        for key, member in own.sharded.items():
+            member.join(module, key)
 
 
 def _add_copies(
-    index: ModelIndex, adapter: str, changes: Changes, wanted: Mapping[nn.Module, Iterable[str]]
+    index: ModelIndex,
+    adapter: str,
+    changes: Changes,
+    wanted: Mapping[nn.Module, Iterable[str]],
+    groups: Groups,
 ) -> None:
     """Copy tensors for an adapter. A tensor that several modules share gets one copy."""
     made: dict[int, Tensor] = {}
+    members: dict[int, NewMember] = {}
     prefix = "" if adapter == DEFAULT else f"{adapter}_"
     for module, names in wanted.items():
         keys = {name: f"{prefix}randlora_copy_{name}" for name in names}
@@ -125,10 +152,16 @@ def _add_copies(
             assert tensor is not None
             if id(tensor) not in made:
                 with torch.inference_mode(False):
-                    copied = tensor.detach().clone()
+                    copied = whole(tensor.detach()).clone()
                     is_parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(copied) if is_parameter else copied
-            changes.setdefault(module, ModuleChanges()).copies[name] = key, made[id(tensor)]
+                    member = groups.new_member(copied, module, name) if is_parameter else None
+                    if member is not None:
+                        members[id(tensor)], made[id(tensor)] = member, member.parameter
+            own = changes.setdefault(module, ModuleChanges())
+            own.copies[name] = key, made[id(tensor)]
+            if id(tensor) in members:
+                own.sharded[key] = members[id(tensor)]
 
 
 def _refuse_taken_names(
@@ -154,14 +187,15 @@ def _new_class(index: ModelIndex, module: nn.Module, changes: ModuleChanges) -> 
         mixin = handler.mixin
     elif isinstance(module, nn.RNNBase):
         mixin = AdaptedRNN
-    made = adapted_class(type(module), mixin, frozenset(names), frozenset(buffers))
+    own = classes_in_front(module)[-1]
+    made = adapted_class(own, mixin, frozenset(names), frozenset(buffers))
     for name in names | buffers:
         if not isinstance(inspect.getattr_static(made, name, None), property):
             raise TypeError(
                 f"{name!r} of {index.name(module)!r} cannot be an adapter's: its class, "
                 f"{type(module).__name__}, was made for updates of other parameters"
             )
-    if not can_become(type(module), made):
+    if not can_become(own, made):
         raise TypeError(
             f"{index.name(module)!r} cannot be an adapter's: Python cannot change objects of its "
             f"class, {type(module).__name__}"

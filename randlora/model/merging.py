@@ -26,10 +26,12 @@ from randlora.model.index import (
     active_adapter,
     adapted_modules,
     check_adapter_exists,
+    require_groups,
     walk,
 )
 from randlora.modules.adapted import plain_class, remove
 from randlora.modules.effective import merged_weight, set_merged_weight, weighted_sum
+from randlora.modules.sharding import is_sharded, leave
 from randlora.modules.state import state_of, tensor_of
 from randlora.modules.weight_update import weight_name
 
@@ -156,6 +158,7 @@ def unload(model: ModelT, *, merge: bool | Mapping[str, float] = False) -> Model
                 f"model must have layers that were plain before, but {name!r} is a "
                 f"{type(module).__name__}, a subclass of RandLoRALinear"
             )
+    require_groups(model, modules)
     new: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
     if weights:
         stores: dict[Any, Any] = {}
@@ -172,6 +175,7 @@ def unload(model: ModelT, *, merge: bool | Mapping[str, float] = False) -> Model
             new[name] |= _copies(module, module._randlora.active)
     for name, module in modules.items():
         remove(module, new.pop(name))
+    leave(model)
     for module in model.modules():
         vars(module).pop(TRAINED_BESIDES, None)
     return model
@@ -229,6 +233,11 @@ def _checked(name: str, module: Any, parameter: str, compute: Callable[[], Tenso
         raise TypeError(
             f"{name!r} cannot be merged: the base weight of a {module._randlora_base.__name__} is "
             "not a tensor to add to"
+        )
+    if is_sharded(module._parameters.get(parameter)):
+        raise TypeError(
+            f"{name!r} cannot be merged: its {parameter} is sharded; save the adapter, and merge "
+            "the file into a model that is not sharded"
         )
     weight = compute()
     if not weight.isfinite().all():

@@ -19,6 +19,7 @@ from randlora.model.index import ModelIndex, adapted_modules
 from randlora.model.patterns import Target, selected
 from randlora.modules.effective import delta_of
 from randlora.modules.linear import RandLoRALinear
+from randlora.modules.sharding import whole
 from randlora.modules.weight_update import WeightUpdate, weight_name
 
 
@@ -258,7 +259,7 @@ def _layer_rank(name: str, module: nn.Module, update: WeightUpdate, index: int) 
     r, p, q, m = update.sizes
     certified = update.bank.is_isometry(q, m) and update.spec.frozen_row is None
     if certified:
-        trained = [t.double() for t in update.parameters(module)]
+        trained = [whole(t).double() for t in update.parameters(module)]
         lam, gamma, *own = [t[index] for t in trained] if update.spec.stack else trained
         a = own[0] if own else update.bank.a(r, p).to(lam)
         c = torch.einsum("jk,kc,jc->jkc", lam, a, gamma).flatten(0, 1)

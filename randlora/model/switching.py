@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from randlora.model.index import ModelT, adapted_modules, check_adapter_exists
+from randlora.model.index import (
+    ModelT,
+    adapted_modules,
+    check_adapter_exists,
+    refuse_wrapped,
+    require_groups,
+)
 from randlora.model.installing import train
 from randlora.modules.adapted import uninstall
 from randlora.modules.disabling import disabled_scope
+from randlora.modules.sharding import leave
 
 
 @contextmanager
@@ -26,7 +33,9 @@ def disabled(model: ModelT) -> Iterator[ModelT]:
     Raises:
         ValueError: if no layer of ``model`` is adapted.
     """
-    with disabled_scope([module._randlora for module in adapted_modules(model).values()]):
+    with disabled_scope(
+        [module._randlora for module in adapted_modules(model, called=True).values()]
+    ):
         yield model
 
 
@@ -49,6 +58,8 @@ def set_adapter(model: ModelT, adapter: str) -> ModelT:
     check_adapter_exists(modules, adapter)
     if any(module._randlora.merged for module in modules.values()):
         raise ValueError("model must not be merged while its adapter is changed; unmerge it first")
+    if any(module._randlora.active != adapter for module in modules.values()):
+        refuse_wrapped(model, "change its adapter")
     for module in modules.values():
         module._randlora.activate(adapter)
     train(model)
@@ -74,6 +85,8 @@ def delete_adapter(model: ModelT, adapter: str) -> ModelT:
             f"adapter must not be the active one, got {adapter!r}; activate another adapter first "
             "with set_adapter, or call unload"
         )
+    require_groups(model, modules)
     for module in modules.values():
         uninstall(module, adapter)
+    leave(model)
     return model

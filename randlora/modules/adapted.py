@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from randlora.modules.effective import buffer_write_key, refresh_merged_weights
+from randlora.modules.sharding import is_fsdp_class, is_sharded
 from randlora.modules.state import (
     AdapterState,
     base_tensors,
@@ -46,6 +47,11 @@ class AdaptedModule:
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Assign a parameter, or the active adapter's copy of it. If it has an update, raise."""
         state: AdapterState | None = vars(self).get("_randlora")
+        if state is not None and not state.reads_base and is_sharded(param):
+            raise RuntimeError(
+                f"{name} of a {type(self).__name__} cannot be distributed by tensor parallelism, "
+                "because the module is adapted; leave the module out of the plan"
+            )
         if state is not None and not state.reads_base and param is not self._parameters.get(name):
             if state.active_update(name) is not None:
                 raise RuntimeError(
@@ -149,14 +155,34 @@ def plain_class(module: AdaptedModule) -> type[nn.Module] | None:
 
     None means that it was never plain: its class is the user's own subclass of ``RandLoRALinear``.
     """
-    cls: Any = type(module)
-    cls = cls.__bases__[0] if _has_parametrized_class(module) else cls
+    cls: Any = classes_in_front(module)[-1]
     return cls._randlora_base if "_randlora_base" in vars(cls) else None
 
 
-def _has_parametrized_class(module: Any) -> bool:
-    """Whether ``torch.nn.utils.parametrize`` derived a class from ours, for another tensor."""
-    return parametrize.is_parametrized(module) and not vars(type(module)).get("_randlora_base")
+def classes_in_front(module: Any) -> list[type]:
+    """Return the classes that torch put in front of a module's own class, then that class.
+
+    FSDP does so, and ``torch.nn.utils.parametrize``, for a tensor that is not adapted.
+    """
+    found: list[type] = [type(module)]
+    while _is_in_front(found[-1]):
+        found.append(found[-1].__bases__[-1])
+    return found
+
+
+def _is_in_front(cls: type) -> bool:
+    parametrized = cls.__module__ == parametrize.__name__ and "_randlora_base" not in vars(cls)
+    return parametrized or is_fsdp_class(cls)
+
+
+def change_class(module: Any, new: type) -> None:
+    """Change the own class of a module, and keep the classes in front of it."""
+    *front, own = classes_in_front(module)
+    for cls in reversed(front):
+        bases = (*cls.__bases__[:-1], new)
+        contents = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+        own, new = cls, type(cls.__name__.replace(own.__name__, new.__name__), bases, contents)
+    object.__setattr__(module, "__class__", new)
 
 
 def reset(module: Any, draw: Callable[[], None]) -> None:
@@ -238,12 +264,7 @@ def remove(module: Any, tensors: Mapping[str, Tensor] | None = None) -> None:
             module._parameters[name] = nn.Parameter(tensor, requires_grad=base.requires_grad)
     for adapter in state.adapter_names:
         _delete_adapter(module, adapter)
-    if _has_parametrized_class(module):
-        # Derive the class that parametrize made from the plain class instead of from ours.
-        cls = type(module)
-        own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-        plain = type(cls.__name__.replace(cls.__bases__[0].__name__, plain.__name__), (plain,), own)
     removed = type(module)._randlora_removed
     del vars(module)["_randlora"]
-    object.__setattr__(module, "__class__", plain)
+    change_class(module, plain)
     removed(module)

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from randlora.modules.adapted import AdaptedModule, reset
 from randlora.modules.effective import active_tensor, buffer_write_key
 from randlora.modules.fx import call_node
+from randlora.modules.sharding import is_sharded
 from randlora.modules.state import (
     AdapterState,
     CallCache,
@@ -104,13 +104,17 @@ def _make_class(
     for name in ("reset_parameters", "_reset_parameters"):
         if hasattr(base, name):
             setattr(adapted, name, _reset_method(adapted, name))
-    if buffers:
+    if buffers or base.__setattr__ is not nn.Module.__setattr__:
         adapted.__setattr__ = _setattr_method(adapted, buffers)
     return adapted
 
 
 def _setattr_method(adapted: Any, buffers: frozenset[str]) -> Any:
-    """Return a ``__setattr__`` that assigns buffers as :func:`buffer_write_key` says."""
+    """Return a ``__setattr__`` that assigns buffers as :func:`buffer_write_key` says.
+
+    FSDP assigns sharded and gathered parameters by it, if a class has a ``__setattr__`` of its own,
+    and means the original tensor.
+    """
 
     def assign(self: Any, name: str, value: Any) -> None:
         state = state_of(self)
@@ -120,10 +124,8 @@ def _setattr_method(adapted: Any, buffers: frozenset[str]) -> Any:
             if (key := buffer_write_key(self, name, value)) is not None:
                 super(adapted, self).__setattr__(key, value)
         else:
-            # If a class has a `__setattr__`, FSDP uses it to assign sharded parameters. FSDP then
-            # means the original tensor.
-            sharded = map(is_traceable_wrapper_subclass, (value, self._parameters.get(name)))
-            with base_tensors(state) if any(sharded) else nullcontext():
+            sharded = any(map(is_sharded, (value, self._parameters.get(name))))
+            with base_tensors(state) if sharded else nullcontext():
                 super(adapted, self).__setattr__(name, value)
 
     return assign

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from randlora.bases.store import Store
 from randlora.core.operators import DenseOperator, Operator
 from randlora.modules.disabling import innermost_scope
+from randlora.modules.sharding import is_sharded, whole
 from randlora.modules.state import AdapterState, saved_tensor_hooks, state_of, tensor_of, thread_id
 from randlora.modules.weight_update import WeightUpdate, add_update, factors_of, update_matrix
 
@@ -25,13 +26,16 @@ def active_tensor(module: Any, name: str) -> Tensor:
     A parameter with an active update gives ``W0 + ΔW``, differentiable in ``W0``, ``Λ`` and ``Γ``.
     It is computed once in each call of the module, and at each read outside of calls; a merged
     module gives the merged weight. A tensor with an active copy gives the copy. All others, and all
-    while disabled, give the original; for disabled buffers see :func:`_disabled_buffer`.
+    while disabled, give the original; for disabled buffers see :func:`_disabled_buffer`. A sharded
+    parameter is returned itself: FSDP, which reads it by its name, means the original.
     """
     base = tensor_of(module, name)
     if base is None:
         raise AttributeError(f"{type(module).__name__} has no {name} yet")
     state: AdapterState | None = vars(module).get("_randlora")
     if state is None or state.reads_base:
+        return base
+    if type(base) is not nn.Parameter and is_sharded(base) and not state.call_caches:
         return base
     if not state.is_enabled():
         return base if name in module._parameters else _disabled_buffer(module, name, base)
@@ -90,8 +94,22 @@ def buffer_write_key(module: Any, name: str, value: Any) -> str | None:
     return None
 
 
+def frozen_weight(module: Any, name: str) -> Tensor:
+    """Return the frozen weight of an adapted module, to compute with it; raise if it is sharded."""
+    weight: Tensor | None = module._parameters.get(name)
+    if weight is None:
+        raise AttributeError(f"{type(module).__name__} has no {name} yet")
+    if type(weight) is not nn.Parameter and is_sharded(weight):
+        raise RuntimeError(
+            f"{name} of a {type(module).__name__} is sharded, so the module cannot be called by "
+            "itself; with FSDP, call the module that fully_shard was given; tensor parallelism is "
+            "not supported"
+        )
+    return weight
+
+
 def _compute_effective_weight(module: Any, update: WeightUpdate) -> Tensor:
-    base: nn.Parameter = module._parameters[update.spec.parameter]
+    base = frozen_weight(module, update.spec.parameter)
     factors = update.factors(module, base.device, base.dtype)
     token = module._randlora.checkpoint_token
     w = add_update(base, update.spec, update.settings, *factors, token=token)
@@ -116,7 +134,7 @@ def delta_of(module: Any, update: WeightUpdate, dtype: torch.dtype | None = None
     It is computed in ``dtype``, by default that of the weight; that of ``Λ`` if the weight is
     unreadable. To judge a rank, use float64.
     """
-    spec, trained = update.spec, update.parameters(module)
+    spec, trained = update.spec, tuple(map(whole, update.parameters(module)))
     lam = trained[0]
     default = (lam if spec.unreadable else module._parameters[spec.parameter]).dtype
     operands: tuple[Tensor, Operator]

@@ -14,7 +14,7 @@ from torch.fx import Proxy
 
 from randlora.functional import effective_weight, is_static
 from randlora.modules.adapted import AdaptedModule, reset
-from randlora.modules.effective import active_tensor
+from randlora.modules.effective import active_tensor, frozen_weight
 from randlora.modules.fx import call_node
 
 
@@ -49,7 +49,7 @@ class RandLoRAEmbedding(AdaptedModule, nn.Embedding):
         if state.merged or not indices or any_batch or not 0 < count < self.num_embeddings:
             # `sparse` is not passed on: the gradient of W0 + ΔW is always dense.
             return F.embedding(input, self.weight, self.padding_idx)
-        base: Any = self._parameters["weight"]
+        base = frozen_weight(self, "weight")
         lam, gamma, a, b, dtype = update.factors(self, base.device, base.dtype)
         rows, wide = input.flatten(), update.spec.wide
         frozen = F.embedding(rows, base)  # this raises if an index is out of range

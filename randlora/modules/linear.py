@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,12 @@ from randlora.core.planning import AUTOMATIC, Choice, Plan, choose
 from randlora.functional import check_input, check_shapes, checked_linear, work_of
 from randlora.modules.adapted import AdaptedModule, install, reset
 from randlora.modules.classes import adapted_class
-from randlora.modules.effective import active_tensor, delta_of, read_merged_weight
+from randlora.modules.effective import (
+    active_tensor,
+    delta_of,
+    frozen_weight,
+    read_merged_weight,
+)
 from randlora.modules.fx import call_node
 from randlora.modules.one_token import prepare
 from randlora.modules.weight_update import (
@@ -270,7 +276,7 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
         update = state.active_update("weight")
         if update is None or getattr(input, "is_nested", False):
             return F.linear(input, self.weight, self.bias)
-        weight, bias = self.base_weight, self.bias
+        weight, bias = frozen_weight(self, "weight"), self.bias
         dtype = autocast_dtype_of(weight)
         if dtype is None:
             dtype = weight.dtype
@@ -287,7 +293,7 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
         check_shapes(*factors[:4])
         token = state.checkpoint_token if recorded else 0
         settings = update.settings
-        rest = settings.scaling, self.choice, token
+        rest = settings.scaling, self._choice, token
         if self.training and settings.dropout:
             dropped = F.dropout(input, settings.dropout)
             frozen = F.linear(input, weight, bias)
@@ -311,7 +317,15 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
             self.base_weight.dtype,
             needs_input=needs_input,
         )
-        return choose(work, self.choice)
+        return choose(work, self._choice)
+
+    @property
+    def _choice(self) -> Choice:
+        """:attr:`choice`, but a weight that FSDP has gathered is not kept."""
+        choice = self.choice
+        if choice.keep_weight is not False and vars(self).get("_is_fsdp_managed_module"):
+            return replace(choice, keep_weight=False)
+        return choice
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, Operator]:
         """Return ``A``, shape ``(r, p)``, and ``B``, an operator of shape ``(q, n r)``."""

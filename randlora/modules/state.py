@@ -24,6 +24,7 @@ from randlora.modules.disabling import (
     backward_task_id,
     innermost_scope,
 )
+from randlora.modules.sharding import like, whole
 from randlora.modules.weight_update import DEFAULT, WeightUpdate
 
 
@@ -195,7 +196,7 @@ def tensors_equal(one: Tensor | None, other: Tensor | None) -> bool:
         return one is other
     if one.is_meta or other.is_meta:
         return True
-    return bool(((one == other) | ((one != one) & (other != other))).all())
+    return bool(whole(((one == other) | ((one != one) & (other != other))).all()))
 
 
 def set_copy(module: Any, key: str, value: Tensor) -> None:
@@ -206,7 +207,7 @@ def set_copy(module: Any, key: str, value: Tensor) -> None:
     copied, attributes = tensor_of(module, key), ("shape", "dtype", "is_meta")
     with torch.inference_mode(False), torch.no_grad():
         if copied is not None and all(getattr(copied, a) == getattr(value, a) for a in attributes):
-            copied.copy_(value)
+            copied.copy_(like(value, copied))
         elif key in module._parameters:
             trained = copied is None or copied.requires_grad
             module._parameters[key] = nn.Parameter(value.detach().clone(), requires_grad=trained)

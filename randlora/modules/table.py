@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from randlora.modules.adapted import AdaptedModule
 from randlora.modules.embedding import RandLoRAEmbedding
 from randlora.modules.linear import RandLoRALinear, attribute_conflict, linear_spec
 from randlora.modules.recurrent import AdaptedRNN
+from randlora.modules.sharding import is_quantised
 from randlora.modules.unreadable import UnreadableLinear
 from randlora.modules.weight_update import WeightSpec, why_unsupported
 
@@ -182,7 +182,7 @@ def _is_unreadable(linear: nn.Module) -> bool:
         return False
     # A complex weight is readable, but `why_unsupported` refuses it.
     readable = weight.is_floating_point() or weight.is_complex()
-    return not readable or is_traceable_wrapper_subclass(weight)
+    return not readable or is_quantised(weight)
 
 
 def weight_specs(module: nn.Module) -> list[WeightSpec] | str:

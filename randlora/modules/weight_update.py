@@ -24,6 +24,7 @@ from randlora.core.checks import as_positive_int, as_real, as_scaling
 from randlora.core.kernel import autocast_dtype_of
 from randlora.core.operators import Operator, tensors_of
 from randlora.functional import delta_weight, effective_weight
+from randlora.modules.sharding import like
 
 DEFAULT = "default"  # the name of an adapter if none is given
 # A trained A starts at this times the shared A, with a scaling that makes up for it, so that AdamW
@@ -184,10 +185,12 @@ class WeightUpdate:
         # A parametrized one is not in `_parameters`: reading the attribute computes it.
         return tuple([own[n] if n in own else getattr(module, n) for n in self.parameter_names])
 
-    def make_parameters(self, device: torch.device) -> tuple[nn.Parameter, ...]:
-        """Return new trained tensors in float32, with the values at which ``ΔW = 0``."""
+    def make_parameters(
+        self, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> tuple[nn.Parameter, ...]:
+        """Return new trained tensors with the values at which ``ΔW = 0``."""
         with torch.inference_mode(False):
-            made = [torch.empty(s, device=device, dtype=torch.float32) for s in self.shapes]
+            made = [torch.empty(s, device=device, dtype=dtype) for s in self.shapes]
             parameters = tuple(map(nn.Parameter, made))
         self.reset(*parameters)
         return parameters
@@ -199,7 +202,7 @@ class WeightUpdate:
         for parameter, value in zip((lam, gamma), self.bank.start(m // r, r, p), strict=True):
             parameter.fill_(value)
         if a is not None:
-            a.copy_(A_START * self.bank.a(r, p))
+            a.copy_(like(A_START * self.bank.a(r, p), a))
 
     def factors(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> Factors:
         """Return ``Λ``, ``Γ``, ``A`` and ``B`` of a module, and ``dtype``, to compute in it."""

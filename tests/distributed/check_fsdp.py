@@ -1,0 +1,290 @@
+"""FSDP2: ``fully_shard`` before and after ``inject``. Run by test_distributed.py."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+import randlora
+from randlora.modules.sharding import is_sharded, whole
+from tests.distributed.models import Model, adapt, batches, loss_of, numbers, shard, train
+from tests.support.situations import ROWS, close, input_of, make, results, trained
+
+# Torch warns if a module that FSDP wraps returns a view, as any linear layer does.
+pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
+
+ORDERS = "inject, shard", "shard, inject", "shard, run, inject"
+orders = pytest.mark.parametrize("order", ORDERS)
+
+
+def adapted(order, **keywords):
+    """A model that is sharded before or after it is adapted, with numbers in float64."""
+    if order == "inject, shard":
+        return shard(adapt(Model()).double(), **keywords)
+    model = shard(Model(), **keywords)
+    if order == "shard, inject":
+        return adapt(model).double()
+    with torch.no_grad():
+        model(batches()[0][0])
+    return adapt(model)  # in float32: FSDP notes the dtypes in the first call
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one process gets from the joined batches, with numbers in float64 and float32."""
+    models = {True: adapt(Model()).double(), False: adapt(Model())}
+    return {wide: (train(m, batches()), numbers(m)) for wide, m in models.items()}
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+KEYWORDS = {
+    "": {},
+    "kept": {"reshard_after_forward": False},
+    "offloaded": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+}
+
+
+@pytest.mark.parametrize("keywords", KEYWORDS.values(), ids=KEYWORDS)
+@orders
+def test_two_processes_equal_one(order, keywords, alone):
+    model = adapted(order, **keywords)
+    losses = train(model, batches(mine=True))
+    assert all(is_sharded(p) for p in model.parameters())
+    wide = order != "shard, run, inject"
+    want_losses, want = alone[wide]
+    # The processes add the halves of a gradient in another order than one process does.
+    tolerance = 1e-12 if wide else 64 * torch.finfo(torch.float32).eps
+    assert list(numbers(model)) == list(want)
+    assert close(numbers(model).values(), want.values(), tolerance)
+    assert close([losses], [want_losses], tolerance)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1)])
+@orders
+def test_hybrid_sharding(order, shape, alone):
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+    model = adapted(order, mesh=mesh)
+    train(model, batches(mine=True))
+    wide = order != "shard, run, inject"
+    tolerance = 1e-12 if wide else 64 * torch.finfo(torch.float32).eps
+    assert close(numbers(model).values(), alone[wide][1].values(), tolerance)
+
+
+@orders
+def test_clipped_gradients_and_accumulation(order):
+    plain, model = adapt(Model()), adapted(order)
+    if order != "shard, run, inject":
+        plain.double()
+    for one, mine in ((plain, False), (model, True)):
+        for batch in batches(mine):
+            loss_of(one, batch).backward()
+    norms = [
+        whole(torch.nn.utils.clip_grad_norm_(randlora.adapter_parameters(one), 0.01))
+        for one in (plain, model)
+    ]
+    assert close([norms[1]], [norms[0]], 64 * torch.finfo(torch.float32).eps)
+    grads = [[whole(p.grad) for p in randlora.adapter_parameters(one)] for one in (plain, model)]
+    assert close(grads[1], grads[0], 64 * torch.finfo(torch.float32).eps)
+
+
+@orders
+def test_gathered_weights_in_low_precision(order):
+    """The gradients are those of a model in that precision, averaged in float32."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    narrow = adapt(Model().float()).bfloat16()
+    model = Model().float()
+    model = shard(adapt(model), mp_policy=policy) if order == ORDERS[0] else None
+    if model is None:
+        model = shard(Model().float(), mp_policy=policy)
+        if order == ORDERS[2]:
+            with torch.no_grad():
+                model(batches()[0][0].float())
+        adapt(model)
+    x, y = (t.float() for t in batches(mine=True)[0])
+    loss_of(model, (x, y)).backward()
+    loss_of(narrow, (x.bfloat16(), y)).backward()
+    for one, other in zip(*map(randlora.adapter_parameters, (model, narrow)), strict=True):
+        want = other.grad.float()
+        dist.all_reduce(want)
+        assert one.dtype == torch.float32
+        assert close([whole(one.grad)], [want / 2], torch.finfo(torch.float32).eps)
+
+
+def test_gathered_weights_are_not_kept():
+    """What is saved for backward is no copy of a weight, whatever the choice."""
+    model = adapt(Model(), exclude_modules=["embed", "attention"])
+    for layer in model.modules():
+        if isinstance(layer, randlora.RandLoRALinear):
+            layer.choice = randlora.Choice(forward="weight", keep_weight=True)
+    shapes = {tuple(block.up.base_weight.shape) for block in model.blocks}
+    kept = []
+
+    def pack(tensor):
+        if tuple(tensor.shape) in shapes and not isinstance(tensor, nn.Parameter):
+            kept.append(tensor)
+        return tensor
+
+    def run(one):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            one(batches()[0][0])
+        return len(kept)
+
+    assert run(model) > 0
+    assert run(shard(model)) == 0
+
+
+@pytest.mark.parametrize("order", ORDERS[:2])
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_every_kind_of_layer_as_a_group_of_its_own(row, order):
+    """FSDP then puts its class in front of the adapted one."""
+    plain, want = make(row)
+    trained(want).double()
+    model = copy.deepcopy(want) if order == ORDERS[0] else plain
+    fully_shard(model.inner)
+    fully_shard(model)
+    if order == ORDERS[1]:
+        randlora.inject(model, **{"rank": 2, **row.keywords}).double()
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(model, want.state_dict(), options=options)
+    x = input_of(row)
+    leaf = x.detach().requires_grad_(x.is_floating_point())
+    y = model(leaf)
+    generator = torch.Generator().manual_seed(5)
+    (y * torch.randn(y.shape, generator=generator, dtype=torch.float64)).sum().backward()
+    got = [y.detach(), *([leaf.grad] if leaf.requires_grad else [])]
+    got += [whole(p.grad) for p in randlora.adapter_parameters(model)]
+    assert close(got, results(want, x))
+    with randlora.disabled(model), torch.no_grad():
+        disabled = model(x)
+    with randlora.disabled(want), torch.no_grad():
+        assert close([disabled], [want(x)])
+    randlora.unload(model)
+    assert not any(name.count("randlora_") for name in model.state_dict())
+    assert isinstance(model.inner, type(row.make()))
+    assert not isinstance(model.inner, randlora.RandLoRALinear)
+    assert close([model(x)], [disabled])
+
+
+# --- adapters ------------------------------------------------------------------------------------
+
+
+@orders
+def test_a_second_adapter(order):
+    model = adapted(order)
+    x = batches()[0][0]
+    train(model, batches(mine=True))
+    first = model(x).detach()
+    adapt(model, adapter="second", rank=2)
+    assert torch.equal(model(x), first)
+    randlora.set_adapter(model, "second")
+    with torch.no_grad():
+        plain = Model()(x)
+        assert close([model(x)], [plain])  # the root is gathered after a call
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all("second" in name for name in names)
+    train(model, batches(mine=True))
+    second = model(x).detach()
+    assert not close([second], [plain])
+    with randlora.disabled(model), torch.no_grad():
+        assert close([model(x)], [plain])
+    randlora.set_adapter(model, "default")
+    assert close([model(x)], [first])
+    randlora.delete_adapter(model, "second")
+    assert close([model(x)], [first])
+    assert not any("second" in name for name in model.state_dict())
+    randlora.unload(model)
+    with torch.no_grad():
+        assert close([model(x)], [plain])
+    assert not any("randlora" in name for name in model.state_dict())
+
+
+def refused(call, model, error=TypeError, match="is sharded"):
+    before = dict(model.named_parameters())
+    with pytest.raises(error, match=match):
+        call(model)
+    assert {name: id(t) for name, t in model.named_parameters()} == {
+        name: id(t) for name, t in before.items()
+    }
+
+
+@orders
+def test_what_is_refused(order):
+    model = adapted(order)
+    train(model, batches(mine=True))
+    refused(randlora.merge, model)
+    refused(randlora.merged_state_dict, model)
+    refused(lambda m: randlora.unload(m, merge=True), model)
+    refused(lambda m: randlora.unload(m, merge={"default": 0.5}), model)
+    refused(lambda m: randlora.unload(m.blocks[0].up), model, ValueError, "fully_shard was given")
+    refused(
+        lambda m: randlora.inject(m.blocks[0].up, adapter="second"),
+        model,
+        ValueError,
+        "fully_shard was given",
+    )
+    refused(copy.deepcopy, model, AssertionError, "FSDP does not support deepcopy")
+    refused(lambda m: m.blocks[0].up(torch.ones(2, 16).double()), model, RuntimeError, "is sharded")
+
+
+def test_modules_trained_in_full_have_the_dtype_of_their_group():
+    model = shard(Model().bfloat16())
+    refused(lambda m: randlora.inject(m, modules_to_save="norm"), model, ValueError, "one dtype")
+    randlora.inject(model, modules_to_save="head", exclude_modules="embed")
+    x = batches(mine=True)[0][0].bfloat16()
+    model(x).sum().backward()
+
+
+def test_read_outside_of_calls():
+    model = shard(trained(adapt(Model())))
+    whole_model = trained(adapt(Model()))
+    up, want = model.blocks[1].up, whole_model.blocks[1].up
+    assert up.weight is up.base_weight  # FSDP reads the parameter by this name
+    assert close([up.delta_weight()], [want.delta_weight()])
+    assert str(randlora.rank_report(model)) == str(randlora.rank_report(whole_model))
+    assert str(randlora.summary(model)) == str(randlora.summary(whole_model))
+    inside = []
+    model.blocks[1].register_forward_pre_hook(lambda *_: inside.append(up.weight))
+    model(batches()[0][0])
+    assert close(inside, [want.weight])
+
+
+def test_a_merged_model_that_is_sharded_then():
+    want = trained(adapt(Model()))
+    model = shard(randlora.merge(copy.deepcopy(want)).eval())
+    x = batches()[0][0]
+    with torch.no_grad():
+        assert close([model(x)], [want(x)])
+
+
+def test_it_starts_on_the_meta_device(alone):
+    state = Model().state_dict()
+    with torch.device("meta"):
+        model = Model()
+    with pytest.raises(ValueError, match="on the meta device"):
+        adapt(model)
+    shard(model)
+    with pytest.raises(ValueError, match="on the meta device"):
+        adapt(model)
+    model.to_empty(device="cpu")
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, state if dist.get_rank() == 0 else {}, options=options)
+    adapt(model).double()
+    train(model, batches(mine=True))
+    assert close(numbers(model).values(), alone[True][1].values())
+
+
+def test_adapted_first_it_may_be_emptied_and_loaded():
+    want = trained(adapt(Model()))
+    model = shard(adapt(Model()))
+    model.to_empty(device="cpu")
+    set_model_state_dict(model, want.state_dict(), options=StateDictOptions(full_state_dict=True))
+    x = batches()[0][0]
+    assert close([model(x)], [want(x)])

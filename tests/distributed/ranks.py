@@ -1,0 +1,32 @@
+"""A plugin of pytest for each of the two processes: it connects them before the first test."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)
+    # The time-out ends a process that waits for one that failed.
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    config.option.tbstyle = "short" if dist.get_rank() == 0 else "line"
+
+
+def pytest_unconfigure(config):
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def shared_path(tmp_path):
+    """A new folder that both processes use."""
+    paths = [str(tmp_path)]
+    dist.broadcast_object_list(paths)
+    return type(tmp_path)(paths[0])
+
+
+@pytest.fixture(autouse=True)
+def _together():
+    yield
+    dist.barrier()
