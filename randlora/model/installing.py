@@ -102,7 +102,8 @@ def prepare_copies(
 ) -> Changes:
     """Make copies of further parameters and buffers for an adapter that the model has, or raise."""
     changes: Changes = {}
-    refuse_wrapped(index.model, "get new parameters")
+    if wanted:
+        refuse_wrapped(index.model, "get new parameters")
     reshard(index.model)
     _add_copies(index, adapter, changes, wanted, Groups(index.model))
     for module, own in changes.items():

@@ -10,7 +10,7 @@ moves, loads and saves its tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -48,10 +48,7 @@ class AdaptedModule:
         """Assign a parameter, or the active adapter's copy of it. If it has an update, raise."""
         state: AdapterState | None = vars(self).get("_randlora")
         if state is not None and not state.reads_base and is_sharded(param):
-            raise RuntimeError(
-                f"{name} of a {type(self).__name__} cannot be distributed by tensor parallelism, "
-                "because the module is adapted; leave the module out of the plan"
-            )
+            bool(self._distribute_module_applied)
         if state is not None and not state.reads_base and param is not self._parameters.get(name):
             if state.active_update(name) is not None:
                 raise RuntimeError(
@@ -62,6 +59,14 @@ class AdaptedModule:
                 )
             name = state.active_copy(name) or name
         super().register_parameter(name, param)  # type: ignore[misc]
+
+    @property
+    def _distribute_module_applied(self) -> _Refusal:
+        """Torch reads this first of all when it distributes a module by tensor parallelism."""
+        return _Refusal(
+            f"a {type(self).__name__} cannot be distributed by tensor parallelism, because it is "
+            "adapted; leave it out of the plan"
+        )
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """Assign a buffer, or the active adapter's copy of it."""
@@ -138,6 +143,15 @@ class AdaptedModule:
         if metadata is not None and state.adapter_names:
             # If keys of these adapters are lost, loading reports them as missing.
             metadata["randlora"] = state.adapter_names
+
+
+class _Refusal(NamedTuple):
+    """Raises an error when its truth is asked for. Reading it, as a debugger does, is safe."""
+
+    reason: str
+
+    def __bool__(self) -> bool:
+        raise RuntimeError(self.reason)
 
 
 def _weight_placements(module: Any) -> list[Any]:

@@ -361,7 +361,8 @@ def _new_update(linear: nn.Linear, bank: BasisBank | None, **settings: Any) -> W
 
 def attribute_conflict(linear: nn.Module) -> str | None:
     """Return the reason if a layer has an attribute that :class:`RandLoRALinear` needs, or None."""
-    needed = {*vars(RandLoRALinear), *vars(AdaptedModule)} - {*dir(nn.Linear), "weight"}
+    torchs = {*dir(nn.Linear), "weight", "_distribute_module_applied"}
+    needed = {*vars(RandLoRALinear), *vars(AdaptedModule)} - torchs
     for name in sorted(needed):
         if hasattr(linear, name):
             what = f"has an attribute {name!r} of its own, which an adapted linear layer needs"

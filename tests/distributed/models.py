@@ -10,11 +10,11 @@ from randlora.modules.sharding import whole
 
 
 class Block(nn.Module):
-    def __init__(self, d):
+    def __init__(self, d, hidden):
         super().__init__()
         self.norm = nn.LayerNorm(d)
         self.attention = nn.MultiheadAttention(d, 2, batch_first=True)
-        self.up, self.down = nn.Linear(d, 3 * d + 1), nn.Linear(3 * d + 1, d)
+        self.up, self.down = nn.Linear(d, hidden), nn.Linear(hidden, d)
 
     def forward(self, x):
         h = self.norm(x)
@@ -25,11 +25,11 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Two blocks with attention, and sizes that two processes cannot share evenly."""
 
-    def __init__(self, d=16):
+    def __init__(self, d=16, hidden=49):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Linear(5, d)
-        self.blocks = nn.ModuleList([Block(d), Block(d)])
+        self.blocks = nn.ModuleList([Block(d, hidden), Block(d, hidden)])
         self.head = nn.Linear(d, 3)
         self.double()
 
