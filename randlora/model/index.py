@@ -224,8 +224,7 @@ def require_groups(model: nn.Module, modules: Mapping[str, Any]) -> None:
     """Raise if some of the adapted modules are sharded, but not by ``fully_shard`` in ``model``."""
     groups = Groups(model)
     for name, module in modules.items():
-        for parameter in module._parameters:
-            groups.require(name, module, parameter)
+        groups.require(name, module)
 
 
 def check_adapter_exists(modules: Mapping[str, Any], adapter: str) -> None:

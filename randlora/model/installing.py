@@ -67,9 +67,8 @@ def prepare(
     refuse_wrapped(index.model, "get an adapter")
     reshard(index.model)
     groups = Groups(index.model)
-    for module in {*(module for module, _ in updates), *saved}:
-        for parameter in module._parameters:
-            groups.require(index.name(module), module, parameter)
+    for module in dict.fromkeys([*(module for module, _ in updates), *saved]):
+        groups.require(index.name(module), module)
     for (module, spec), (settings, bank) in updates.items():
         update = WeightUpdate(adapter, spec, settings, bank)
         _refuse_taken_names(index, module, adapter, update.parameter_names)

@@ -91,15 +91,17 @@ class Groups:
             for found in members:
                 self._beside |= dict.fromkeys(_places(found[1]), found)
 
-    def require(self, name: str, module: nn.Module, parameter: str) -> None:
-        """Raise if a parameter is sharded, but not by ``fully_shard`` within the model."""
-        if (
-            is_sharded(module._parameters.get(parameter))
-            and (module, parameter) not in self._beside
-        ):
+    def require(self, name: str, module: nn.Module) -> None:
+        """Raise if a module is distributed, but not by ``fully_shard`` within the model."""
+        sharded = [n for n, parameter in module._parameters.items() if is_sharded(parameter)]
+        managed = vars(module).get("_is_fsdp_managed_module") and module not in self._above
+        # Old versions of transformers hold parts of weights as plain tensors.
+        parallel = hasattr(module, "_hf_tp_plan")
+        if managed or parallel or any((module, n) not in self._beside for n in sharded):
             raise ValueError(
-                f"model must contain the module that fully_shard was given, but {parameter!r} of "
-                f"{name!r} is sharded otherwise; tensor parallelism is not supported"
+                f"model must contain the module that fully_shard was given, and this must have "
+                f"parameters, but {name!r} is distributed otherwise; inject before fully_shard, "
+                "and use no tensor parallelism"
             )
 
     def new_member(self, value: Tensor, module: nn.Module, beside: str) -> NewMember | None:

@@ -151,6 +151,10 @@ def test_every_kind_of_layer_as_a_group_of_its_own(row, order):
     fully_shard(model.inner)
     fully_shard(model)
     if order == ORDERS[1]:
+        if not list(model.parameters()):
+            with pytest.raises(ValueError, match="inject before fully_shard"):
+                randlora.inject(model, **{"rank": 2, **row.keywords})
+            return
         randlora.inject(model, **{"rank": 2, **row.keywords}).double()
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(model, want.state_dict(), options=options)
@@ -232,6 +236,15 @@ def test_what_is_refused(order):
     )
     refused(copy.deepcopy, model, AssertionError, "FSDP does not support deepcopy")
     refused(lambda m: m.blocks[0].up(torch.ones(2, 16).double()), model, RuntimeError, "is sharded")
+
+
+def test_a_part_of_a_sharded_model_is_not_adapted_by_itself():
+    """Not even while it is gathered, as the root is after a call."""
+    model = shard(Model())
+    with torch.no_grad():
+        model(batches()[0][0])
+    assert not is_sharded(model.head.weight)
+    refused(lambda m: randlora.inject(m.head, rank=2), model, ValueError, "fully_shard was given")
 
 
 def test_modules_trained_in_full_have_the_dtype_of_their_group():
