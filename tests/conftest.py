@@ -67,3 +67,5 @@ def _alone():
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # compiled graphs count towards a limit
+    if accelerate := sys.modules.get("accelerate"):
+        accelerate.state.AcceleratorState._reset_state(True)  # all of a process share its settings

@@ -2,13 +2,12 @@
 
 import importlib
 import re
-from pathlib import Path
 
 import pytest
 
 from randlora.files.commands import main
+from tests.support.pages import FENCE, ROOT, python_blocks
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [
     ROOT / "README.md",
@@ -17,18 +16,7 @@ PAGES = [
     ROOT / "benchmarks" / "README.md",
     *DOCS,
 ]
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-
-
-def python_blocks(page):
-    """The examples of a page, after empty lines, so that line numbers are those of the page."""
-    text = page.read_text()
-    for fence in FENCE.finditer(text):
-        language, code = fence.groups()
-        if language == "python":
-            yield "\n" * text.count("\n", 0, fence.start(2)) + code
 
 
 def prose(page):
@@ -48,6 +36,9 @@ def links(page):
     return [link for _, link in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", prose(page))]
 
 
+# Lightning builds a leaf by a class that torch is about to remove, and advises more processes.
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
 @pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=lambda page: page.name)
 def test_the_examples_run(page, tmp_path, monkeypatch):
     """From top to bottom, in one namespace, in an empty folder."""

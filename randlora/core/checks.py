@@ -38,6 +38,14 @@ def as_real(name: str, value: Any) -> float:
     return number
 
 
+def as_positive_real(name: str, value: Any) -> float:
+    """Return ``value`` as a float, see :func:`as_real`. Raise ValueError if it is not positive."""
+    number = as_real(name, value)
+    if number <= 0:
+        raise ValueError(f"{name} must be positive, got {number:g}")
+    return number
+
+
 def as_scaling(alpha: Any, rank: int) -> float:
     """Return ``alpha / rank``. Raise ValueError if it is 0, or if float32 cannot hold it."""
     scaling = as_real("alpha", alpha) / rank

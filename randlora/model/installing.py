@@ -6,14 +6,15 @@ This module and :mod:`randlora.modules` change the classes and parameters of a u
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
 
 from randlora.bases.bank import BasisBank
+from randlora.core.checks import as_positive_real
 from randlora.model.choosing import TargetWeight
 from randlora.model.index import (
     TRAINED_BESIDES,
@@ -33,6 +34,10 @@ from randlora.modules.sharding import Groups, NewMember, check_dtypes, reshard, 
 from randlora.modules.state import state_of, tensor_of
 from randlora.modules.table import handler_of
 from randlora.modules.weight_update import DEFAULT, Settings, WeightUpdate
+
+# The groups of `adapter_parameters`. The first ones are in the order of an update's parameters.
+_SAVED = "modules_to_save"
+_GROUPS = ("lambda", "gamma", "a", _SAVED)
 
 
 @dataclass
@@ -242,40 +247,110 @@ def train(model: nn.Module) -> None:
     for module in adapted_modules(model).values():
         state = module._randlora
         for name in state.adapter_names:
-            for parameter in (*_numbers(module, name), *_copied_parameters(module, name)):
+            numbers = (parameter for _, parameter in _named_numbers(module, name))
+            for parameter in (*numbers, *_copied_parameters(module, name)):
                 parameter.requires_grad_(name == state.active)
                 if name != state.active:
                     parameter.grad = None
 
 
-def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+@overload
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]: ...
+@overload
+def adapter_parameters(
+    model: nn.Module, *, lr: float, multipliers: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]: ...
+def adapter_parameters(
+    model: nn.Module, *, lr: float | None = None, multipliers: Mapping[str, float] | None = None
+) -> list[nn.Parameter] | list[dict[str, Any]]:
     """The parameters to give to the optimiser: those of the updates, then of ``modules_to_save``.
 
     These are the parameters of the active adapter, each once, in the order of ``model.modules()``.
     After :func:`set_adapter` or :func:`load_adapter` make a new optimiser: the old one has the
     parameters of the adapter that was active when it was made.
 
+    With ``lr`` they come as groups, which torch's optimisers and schedulers take: ``"lambda"``,
+    ``"gamma"``, ``"a"`` (if ``A`` is trained) and ``"modules_to_save"``. Each is a dict with its
+    ``params``, its ``name`` and its ``lr``, and the first three have ``weight_decay = 0``. Weight
+    decay pulls parameters to zero: so it pulls ``Γ``, and with it ``ΔW``, back to the pre-trained
+    model, and moves ``Λ``, which starts at 1, and ``A`` away from where they start. For the
+    ``modules_to_save`` the weight decay is that of the optimiser. Change a group before you pass
+    it on if you want something else.
+
+    Args:
+        model: an adapted model.
+        lr: the learning rate. None gives a plain list.
+        multipliers: factors of ``lr`` by the name of a group, for example ``{"lambda": 4.0}``; 1
+            for a group that is not named. A group that ``model`` does not have may be named.
+
+    Returns:
+        A list of parameters or, with ``lr``, a list of groups, without empty ones.
+
     Raises:
+        TypeError: if ``lr`` or a multiplier is not a number, or ``multipliers`` is not a mapping.
         ValueError: if no layer of ``model`` is adapted, or parts of it have different active
-            adapters.
+            adapters; if ``lr`` or a multiplier is not positive, a name is not one of a group, or
+            there are ``multipliers`` without ``lr``.
+
+    Example:
+        >>> model = inject(nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 64)), rank=4)
+        >>> groups = adapter_parameters(model, lr=1e-3, multipliers={"lambda": 4.0})
+        >>> optimizer = torch.optim.AdamW(groups)
+        >>> [(group["name"], group["lr"]) for group in groups]
+        [('lambda', 0.004), ('gamma', 0.001)]
     """
+    rates = _rates(lr, multipliers)
     modules = adapted_modules(model)
     adapter = active_adapter(modules)
-    numbers = [p for module in modules.values() for p in _numbers(module, adapter)]
-    copied = [p for module in modules.values() for p in _copied_parameters(module, adapter)]
-    return list(dict.fromkeys(numbers + copied))
+    names = {p: name for m in modules.values() for name, p in _named_numbers(m, adapter)}
+    for module in modules.values():
+        names |= dict.fromkeys(_copied_parameters(module, adapter), _SAVED)
+    if lr is None:
+        return list(names)
+    groups: list[dict[str, Any]] = []
+    for name, rate in rates.items():
+        if parameters := [p for p, of in names.items() if of == name]:
+            decay = {} if name == _SAVED else {"weight_decay": 0.0}
+            groups.append({"name": name, "params": parameters, "lr": rate, **decay})
+    return groups
 
 
-def _numbers(module: Any, adapter: str) -> list[nn.Parameter]:
-    """What an adapter trains of the updates in a module; if parametrized, what is behind."""
-    found: list[nn.Parameter] = []
+def _rates(lr: float | None, multipliers: Mapping[str, float] | None) -> dict[str, float]:
+    """The learning rate of each group; none without ``lr``. Checks the arguments."""
+    if multipliers is None:
+        multipliers = {}
+    elif not isinstance(multipliers, Mapping):
+        raise TypeError(
+            "multipliers must be a mapping from names of groups to numbers, got a "
+            f"{type(multipliers).__name__}"
+        )
+    elif lr is None:
+        raise ValueError(
+            "multipliers need lr, because torch's optimisers have learning rates, not multipliers; "
+            f"got {multipliers!r} without lr"
+        )
+    for name in multipliers:
+        if name not in _GROUPS:
+            known = ", ".join(map(repr, _GROUPS))
+            raise ValueError(f"multipliers must have names from {known}, got {name!r}")
+    if lr is None:
+        return {}
+    rate = as_positive_real("lr", lr)
+    given = {n: as_positive_real(f"multipliers[{n!r}]", m) for n, m in multipliers.items()}
+    return {name: rate * given.get(name, 1.0) for name in _GROUPS}
+
+
+def _named_numbers(module: Any, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """What an adapter trains of the updates in a module, with the names of the groups.
+
+    If one of these is parametrized, the parameters behind it.
+    """
     for update in module._randlora.updates.get(adapter, {}).values():
-        for name in update.parameter_names:
+        for group, name in zip(_GROUPS, update.parameter_names, strict=False):
             if (parameter := module._parameters.get(name)) is not None:
-                found.append(parameter)
+                yield group, parameter
             else:
-                found += module.parametrizations[name].parameters()
-    return found
+                yield from ((group, p) for p in module.parametrizations[name].parameters())
 
 
 def _copied_parameters(module: Any, adapter: str) -> list[nn.Parameter]:

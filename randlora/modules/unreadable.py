@@ -34,9 +34,12 @@ class UnreadableLinear(AdaptedModule):
         else:
             y = forward(input)
             if needs_gradient and not y.requires_grad:
-                kind = module._randlora_base.__name__
+                kind, hint = module._randlora_base.__name__, ""
+                if getattr(module, "support_avx512bf16_for_cpu", False):  # of bitsandbytes
+                    hint = "; set its support_avx512bf16_for_cpu to False before it is evaluated"
                 raise RuntimeError(
                     f"{kind} gives no gradient to its input, so layers before it cannot be trained"
+                    + hint
                 )
         dtype, settings = autocast_dtype(input.device), update.settings
         x = input if dtype is None else input.to(dtype)

@@ -23,7 +23,14 @@ def test_an_opaque_layer_without_a_gradient_says_so():
     layer = inject(Detached(8, 8), rank=2)
     layer(torch.randn(3, 8)).sum().backward()
     assert layer.randlora_gamma.grad.count_nonzero()
-    with pytest.raises(RuntimeError, match="Detached gives no gradient to its input"):
+    with pytest.raises(
+        RuntimeError, match=r"Detached gives no gradient to its input, so.* trained$"
+    ):
+        layer(torch.randn(3, 8, requires_grad=True))
+    layer.support_avx512bf16_for_cpu = (
+        True  # as 4-bit layers of bitsandbytes, which pack the weight
+    )
+    with pytest.raises(RuntimeError, match="set its support_avx512bf16_for_cpu to False before"):
         layer(torch.randn(3, 8, requires_grad=True))
 
 

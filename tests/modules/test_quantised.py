@@ -1,0 +1,171 @@
+"""Quantised layers: training on top of them; they are not merged.
+
+Libraries choose kernels by processor. So the reference computes the frozen product by the plain
+quantised layer itself, and gives it the gradient of the dequantised weight.
+"""
+
+import warnings
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import randlora
+from randlora import adapter_parameters, inject
+from tests.support.small import parts
+
+SIZE = 64  # of a block of bitsandbytes
+
+
+def dynamic(linear):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # quantize_dynamic is deprecated
+        (layer,) = torch.ao.quantization.quantize_dynamic(nn.Sequential(linear))
+    return layer, layer.weight().dequantize()
+
+
+def int8(linear):
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(linear, quantization.Int8WeightOnlyConfig())
+    return linear, linear.weight.dequantize()
+
+
+def four_bits(linear, **keywords):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, **keywords)
+    layer.load_state_dict(linear.state_dict())
+    layer.to("cpu").support_avx512bf16_for_cpu = False  # or evaluation would pack the weight
+    weight = layer.weight
+    return layer, bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+
+
+def eight_bits(linear):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    sizes = linear.in_features, linear.out_features
+    layer = bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+    layer.load_state_dict(linear.state_dict())
+    layer.to("cpu")
+    return layer, layer.weight.data * layer.weight.SCB[:, None] / 127
+
+
+QUANTISE = {
+    "torch.ao, dynamic int8": dynamic,
+    "torchao, int8": int8,
+    "bitsandbytes, 4 bits": partial(four_bits, quant_type="nf4", compress_statistics=True),
+    "bitsandbytes, 4 bits, other": partial(four_bits, quant_type="fp4", compress_statistics=False),
+    "bitsandbytes, 8 bits": eight_bits,
+}
+quantised = pytest.mark.parametrize("quantise", QUANTISE.values(), ids=QUANTISE)
+pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated")
+
+
+class Straight(nn.Module):
+    """A plain quantised layer with the gradient of its dequantised weight."""
+
+    def __init__(self, layer, weight):
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("dense", weight.detach().float())
+        self.update = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        nn.init.zeros_(self.update.weight)
+
+    def forward(self, x):
+        y = self.layer(x).detach()
+        straight = F.linear(x, self.dense).to(y.dtype)
+        return y + (straight - straight.detach()) + self.update(x).to(y.dtype)
+
+
+def model_and_reference(quantise):
+    """An adapted layer, and the same with the update beside the plain quantised layer.
+
+    One layer only: the input of a second one would differ by a rounding, which becomes a step where
+    a library quantises activations.
+    """
+    models = []
+    for reference in (False, True):
+        torch.manual_seed(0)
+        layer, weight = quantise(nn.Linear(SIZE, 32))
+        model = nn.Sequential(Straight(layer, weight) if reference else layer)
+        models.append(inject(model, rank=4, target_modules="update" if reference else None))
+    return models
+
+
+SITUATIONS = {
+    "as it is": (nullcontext, lambda model, x: model(x)),
+    "autocast": (partial(torch.autocast, "cpu", dtype=torch.bfloat16), lambda model, x: model(x)),
+    "checkpoints": (nullcontext, partial(checkpoint, use_reentrant=False)),
+    "re-entrant checkpoints": (nullcontext, partial(checkpoint, use_reentrant=True)),
+}
+
+
+@pytest.mark.parametrize(("context", "call"), SITUATIONS.values(), ids=SITUATIONS)
+@quantised
+def test_training_steps_are_those_beside_the_dequantised_weight(quantise, context, call):
+    """Compare each loss and gradient, with evaluations in between.
+
+    The entries differ by roundings: of sums of some hundred float32 numbers, as in the contract
+    test; under autocast of the few products in bfloat16 that lead to a gradient, half an epsilon
+    each.
+    """
+    model, reference = model_and_reference(quantise)
+    trained, others = adapter_parameters(model), adapter_parameters(reference)
+    optimiser = torch.optim.AdamW(trained, lr=3e-2)
+    x, labels = torch.randn(24, SIZE), torch.arange(24)
+    rounding = 1000 * torch.finfo(torch.float32).eps
+    if isinstance(context(), torch.autocast):
+        rounding = 8 * torch.finfo(torch.bfloat16).eps
+    losses = []
+    for _ in range(4):
+        results = []
+        for one, parameters in ((model, trained), (reference, others)):
+            given = x.clone().requires_grad_()
+            with context():
+                loss = F.cross_entropy(call(one.train(), given).float(), labels)
+            for parameter in parameters:
+                parameter.grad = None
+            loss.backward()
+            results.append([loss, given.grad, *(p.grad for p in parameters)])
+            with torch.no_grad():
+                one.eval()(x)
+        for got, want in zip(*results, strict=True):
+            assert got.isfinite().all()
+            assert (got - want).abs().max() <= rounding * want.abs().max()
+        losses.append(results[0][0].item())
+        optimiser.step()
+        with torch.no_grad():
+            for other, parameter in zip(others, trained, strict=True):
+                other.copy_(parameter)
+    assert losses[-1] < losses[0]
+
+
+@quantised
+def test_no_call_merges_a_quantised_layer(quantise):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(SIZE, SIZE), quantise(nn.Linear(SIZE, 32))[0]).eval()
+    inject(model, rank=4)
+    inject(model, rank=4, target_modules="0", adapter="other")
+    for parameter in adapter_parameters(model):
+        nn.init.normal_(parameter)
+    x = torch.randn(5, SIZE)
+    with torch.no_grad():
+        want = model(x)
+    before, trained = parts(model), list(map(id, adapter_parameters(model)))
+    message = f"'1' cannot be merged: the base weight of a {model[1]._randlora_base.__name__} is"
+    for call in (
+        randlora.merge,
+        randlora.merged_state_dict,
+        partial(randlora.unload, merge=True),
+        partial(randlora.unload, merge={"other": 0.5, "default": 0.5}),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call(model)
+        assert parts(model) == before
+        assert list(map(id, adapter_parameters(model))) == trained
+        with torch.no_grad():
+            assert torch.equal(model(x), want)
+    plain = randlora.unload(model, merge={"other": 0.5})  # it changes only the first layer
+    assert type(plain[0]) is nn.Linear
