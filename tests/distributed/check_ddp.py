@@ -7,12 +7,14 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import randlora
-from tests.distributed.models import Model, adapt, batches, loss_of, numbers, train
+from tests.distributed.models import Model, adapt, batches, loss_of, mean, numbers, train
 from tests.support.cases import KINDS
+from tests.support.quantised import QUANTISE, SIZE
 from tests.support.situations import close, trained
 
 
@@ -42,6 +44,29 @@ def test_two_processes_equal_one(kind, static_graph):
     assert close(numbers(model).values(), numbers(want).values())
     # Each step averages the gradients of the adapter, and nothing else.
     assert sum(sizes) == 3 * sum(p.numel() for p in randlora.adapter_parameters(model))
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated")
+@pytest.mark.parametrize("name", QUANTISE)
+def test_quantised_layers(name):
+    """The gradients of two processes are the mean of what each has by itself."""
+
+    quantise = QUANTISE[name]
+
+    def make():
+        torch.manual_seed(0)
+        layers = quantise(nn.Linear(SIZE, SIZE))[0], nn.ReLU(), quantise(nn.Linear(SIZE, SIZE))[0]
+        return trained(randlora.inject(nn.Sequential(*layers), rank=8))
+
+    x = torch.randn(6, SIZE, generator=torch.Generator().manual_seed(dist.get_rank()))
+    alone, model = make(), make()
+    alone(x).square().mean().backward()
+    # DDP cannot send tensors of torchao at its start.
+    wrapped = DistributedDataParallel(model, init_sync="torchao" not in name)
+    wrapped(x).square().mean().backward()
+    for one, other in zip(*map(randlora.adapter_parameters, (model, alone)), strict=True):
+        # A library may choose another kernel when it is called again (see test_quantised.py).
+        assert close([one.grad], [mean(other.grad)], 1e-3)
 
 
 def test_bases_are_no_buffers():

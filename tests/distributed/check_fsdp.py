@@ -6,13 +6,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 import randlora
 from randlora.modules.sharding import is_sharded, whole
-from tests.distributed.models import Model, adapt, batches, loss_of, numbers, shard, train
+from tests.distributed.models import Block, Model, adapt, batches, loss_of, numbers, shard, train
 from tests.support.situations import ROWS, close, input_of, make, results, trained
 
 # Torch warns if a module that FSDP wraps returns a view, as any linear layer does.
@@ -115,6 +118,30 @@ def test_gathered_weights_in_low_precision(order):
         dist.all_reduce(want)
         assert one.dtype == torch.float32
         assert close([whole(one.grad)], [want / 2], torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of dynamo
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of dynamo
+@pytest.mark.parametrize("whole_model", [False, True])
+def test_compiled(whole_model, alone):
+    torch._dynamo.reset()
+    model = adapt(Model()).double()
+    for block in model.blocks:
+        if not whole_model:
+            block.compile(backend="aot_eager")
+        fully_shard(block)
+    fully_shard(model)
+    if whole_model:
+        model.compile(backend="aot_eager")
+    train(model, batches(mine=True))
+    assert close(numbers(model).values(), alone[True][1].values())
+
+
+def test_checkpointed(alone):
+    model = adapt(Model()).double()
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
+    train(shard(model), batches(mine=True))
+    assert close(numbers(model).values(), alone[True][1].values())
 
 
 def test_gathered_weights_are_not_kept():
