@@ -86,6 +86,9 @@ def save_adapter(
 ) -> None:
     """Write an adapter to a file. An existing file is replaced after the new one is complete.
 
+    If FSDP has sharded the model, all processes must call this. The adapter is then gathered, and
+    the first process writes the file before the call returns in any of them.
+
     The file holds everything that training the adapter changed: ``Λ``, ``Γ``, a trained ``A``, the
     ``modules_to_save``, and buffers that moved, such as the statistics of a BatchNorm.
 

@@ -29,6 +29,7 @@ from randlora.files.restoring import restore
 from randlora.files.storage import replacing, safetensors
 from randlora.model.index import ModelIndex, ModelT
 from randlora.model.injecting import peft_sizes
+from randlora.modules.sharding import mesh_of, write_once
 from randlora.modules.table import parameter_spec
 from randlora.modules.weight_update import DEFAULT, Settings, WeightSpec, check_adapter_name
 
@@ -360,12 +361,16 @@ def save_adapter(
     if save_projection:
         a, b = bank.projections(smaller, larger)
         tensors |= {f"{_BASE}{_A}": a, f"{_BASE}{_B}": b}
-    target.mkdir(parents=True, exist_ok=True)
-    # Both are complete on the disk before either replaces an old file.
-    with replacing(target / _CONFIG) as first, replacing(target / _TENSORS) as second:
-        first.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
-        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        second.write(safetensors().torch.save(whole, {"format": "pt"}))
+
+    def write() -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        # Both are complete on the disk before either replaces an old file.
+        with replacing(target / _CONFIG) as first, replacing(target / _TENSORS) as second:
+            first.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            second.write(safetensors().torch.save(whole, {"format": "pt"}))
+
+    write_once(mesh_of(model.parameters()), write)
 
 
 def _common(index: ModelIndex, data: AdapterData) -> tuple[PeftBank, float, float]:

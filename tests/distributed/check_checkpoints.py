@@ -54,6 +54,15 @@ def test_a_file_that_cannot_be_written_is_an_error_in_every_process(shared_path)
         randlora.save_adapter(shard(make()), shared_path / "missing" / "a.pt")
 
 
+def test_files_of_peft(shared_path):
+    model = shard(trained(adapt(Model(), basis="peft", exclude_modules=["embed", "attention"])))
+    randlora.peft.save_adapter(model, shared_path)
+    for loaded in (shard(Model()), Model()):
+        randlora.peft.load_adapter(loaded, shared_path)
+        x = batches()[0][0]
+        assert close([loaded(x)], [model(x)])
+
+
 @pytest.mark.parametrize("start", ["plain", "adapted", "other adapter"])
 def test_all_processes_load(shared_path, start):
     path = shared_path / "a.pt"
