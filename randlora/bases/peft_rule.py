@@ -8,9 +8,10 @@ the smaller, and ``N = ceil(p' / r)``. The bases are
 
 They are drawn from a ``torch.Generator`` on the CPU, seeded with ``projection_prng_key``, ``A'``
 first. The dense kind is uniform by Kaiming's rule, drawn in bfloat16 (in float16 if a device lacks
-bfloat16). The sparse kinds are ±1 with probability ``1 / 2s`` each and else 0, from uniform float32
-numbers, with ``s = 3`` for the sparse kind and ``s = √p'`` for the very sparse kind. Each base is
-divided by the standard deviation of its sample.
+bfloat16). In these dtypes torch 2.9 and 2.13 draw different numbers for one seed. The sparse kinds
+are ±1 with probability ``1 / 2s`` each and else 0, from uniform float32 numbers, with ``s = 3`` for
+the sparse kind and ``s = √p'`` for the very sparse kind. Each base is divided by the standard
+deviation of its sample.
 
 A layer takes ``A'[:, :, :p]`` and ``B'[:q, :n, :]``. In this slice of ``B'``, column ``k`` of
 base ``j`` has index ``j r + k``, but the matching row of the coefficients has index ``k n + j``. So

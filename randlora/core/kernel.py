@@ -73,10 +73,9 @@ def _owned(result: Tensor) -> Tensor:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast uses for matrix products, or None while autocast is off."""
     compiling, kind = torch.compiler.is_compiling(), device.type
-    if not compiling and not torch._C._is_any_autocast_enabled():
+    if kind == "meta" or not (compiling or torch._C._is_any_autocast_enabled()):
         return None  # the fastest question
-    # Dynamo of torch 2.11 cannot trace the question whether autocast is available.
-    compiling &= kind != "meta"
+    # Dynamo of torch 2.9 to 2.11 cannot trace the question whether autocast is available.
     if (compiling or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
@@ -214,7 +213,8 @@ class Linear(torch.autograd.Function):
         needs, plan, wide, b = ctx.needs_input_grad[3:6], ctx.plan, ctx.wide, ctx.b
         a = ctx.a if a is None else a
         # The gradients of kept tensors exist only in second derivatives.
-        dy, *d_kept = grads
+        # `*d_kept` would be a tuple in Dynamo of torch 2.9.
+        dy, d_kept = grads[0], list(grads[1:])
         dxb = d_kept.pop(0) if plan.keeps == "xb" else None
         dw = d_kept.pop(0) if plan.keep_weight else None
         if dy is None:

@@ -300,7 +300,7 @@ def save_adapter(
             after both new ones are complete.
         adapter: the name of the adapter; by default the active one.
         save_projection: whether to write the bases. Without them PEFT draws them again, and gets
-            the same ones on a similar machine only.
+            the same ones on a similar machine with the same version of torch only.
 
     Raises:
         TypeError: if an argument is of the wrong type.

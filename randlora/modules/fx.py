@@ -40,7 +40,7 @@ def call_node(module: nn.Module, args: Sequence[Any], keywords: Mapping[str, Any
 def _find_proxy(values: Sequence[Any]) -> Proxy | None:
     """Return the first proxy among values and nested tuples and lists, or None."""
     for value in values:
-        if isinstance(value, tuple | list):
+        if isinstance(value, (tuple, list)):  # Dynamo of torch 2.9 does not know `tuple | list`
             value = _find_proxy(value)
         if isinstance(value, Proxy):
             return value

@@ -211,9 +211,25 @@ class WeightUpdate:
     def operands(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Operator]:
         """Return the frozen ``A``, shape ``(r, p)``, and the operator ``B``, shape ``(q, m)``."""
         if torch.compiler.is_dynamo_compiling():
-            _fill_compiled_operands(self, device, dtype)
+            self._fill_compiled_operands(device, dtype)
             return self.compiled_operands[device, dtype]
         return self.store(device, dtype).operands(*self.sizes)
+
+    def _fill_compiled_operands(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Fill ``compiled_operands``. Dynamo runs this while it traces, and records nothing.
+
+        The traced code then reads ``compiled_operands``, which belong to this update alone. The
+        bank's stores are shared, and Dynamo might have seen them before the bases were drawn.
+        """
+        if (device, dtype) not in self.compiled_operands:
+            a, b = self.operands(device, dtype)
+            for tensor in (a, *tensors_of(b)):
+                torch._dynamo.mark_static(tensor)
+            self.compiled_operands[device, dtype] = a, b
+
+    # `torch.compiler.assume_constant_result` does the same, but imports the compiler. Dynamo of
+    # torch 2.9 accepts such a method of any object, but no function that takes one.
+    _fill_compiled_operands._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def store(self, device: torch.device, dtype: torch.dtype) -> Store:
         """Return the bank's store for a device and a dtype."""
@@ -244,23 +260,6 @@ class WeightUpdate:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_stores": {}, "compiled_operands": {}}
-
-
-def _fill_compiled_operands(update: WeightUpdate, device: torch.device, dtype: torch.dtype) -> None:
-    """Fill ``update.compiled_operands``. Dynamo runs this while it traces, and records nothing.
-
-    The traced code then reads ``compiled_operands``, which belong to this update alone. The bank's
-    stores are shared, and Dynamo might have seen them before the bases were drawn.
-    """
-    if (device, dtype) not in update.compiled_operands:
-        a, b = update.operands(device, dtype)
-        for tensor in (a, *tensors_of(b)):
-            torch._dynamo.mark_static(tensor)
-        update.compiled_operands[device, dtype] = a, b
-
-
-# `torch.compiler.assume_constant_result` does the same, but imports the compiler.
-_fill_compiled_operands._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # ``Λ``, ``Γ``, ``A``, ``B`` and the dtype to compute in, as the functions on tensors take them.

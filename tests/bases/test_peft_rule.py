@@ -8,8 +8,13 @@ import randlora
 from randlora import inject
 from randlora.bases.peft_rule import PeftBank
 
+# torch 2.13 draws in bfloat16 what it draws in float32, rounded; torch 2.9 draws other numbers.
+ROUNDED, FLOAT32 = (
+    torch.rand(9, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.bfloat16, torch.float32)
+)
 GOLDEN = {
-    "peft": "dc9734c986cea1cc",
+    "peft": "dc9734c986cea1cc" if ROUNDED.equal(FLOAT32.bfloat16()) else "f8925bb78838b00b",
     "peft_sparse": "60e08bd434f34a6a",
     "peft_very_sparse": "a42c939ddf6a5249",
 }

@@ -182,7 +182,7 @@ def test_parameters_are_tensors_and_other_subclasses_are_not(asked):
     assert len(asked) == 2
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own use
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated")  # torch's own use
 @torch.no_grad()
 def test_forward_derivatives_are_not_lost(asked):
     a, b, tangent = torch.randn(300, 200), torch.randn(200, 250), torch.randn(300, 200)

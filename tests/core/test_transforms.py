@@ -11,7 +11,7 @@ from randlora import BasisBank, Choice, RandLoRALinear
 from randlora.core import kernel
 from tests.support.cases import KINDS, assert_close
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*jit.script.*is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*jit.script.*is deprecated")
 
 # Some of these have two factors or are gathered, others are dense.
 SHAPES = [(24, 16), (16, 24), (180, 167), (167, 180)]

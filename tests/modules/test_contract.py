@@ -95,6 +95,7 @@ def dense(tensor):
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*API settings to control TF32:UserWarning")  # torchao's call
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 def test_the_contract(row):
     """Compare each output with that of a plain module after the same calls in the same order.

@@ -52,7 +52,7 @@ def trace(model, x):
     return traced, {(w.filename, w.lineno) for w in caught}
 
 
-@pytest.mark.filterwarnings("ignore:.*is deprecated. Please switch:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*is deprecated. Please switch")
 @rows
 def test_jit_trace(row, tmp_path):
     plain, model = make(row, after=torch.sin)

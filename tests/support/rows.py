@@ -283,7 +283,8 @@ def quantised_dynamic():
 def quantised_weight():
     quantization = pytest.importorskip("torchao.quantization")
     model = nn.Sequential(nn.Linear(64, 32, dtype=torch.float32))
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    config = quantization.Int8WeightOnlyConfig(version=2)  # torchao 0.17 has 1 by default
+    quantization.quantize_(model, config)
     return model
 
 
