@@ -196,7 +196,8 @@ def tensors_equal(one: Tensor | None, other: Tensor | None) -> bool:
         return one is other
     if one.is_meta or other.is_meta:
         return True
-    return bool(whole(((one == other) | ((one != one) & (other != other))).all()))
+    one, other = whole(one), whole(other)
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def set_copy(module: Any, key: str, value: Tensor) -> None:

@@ -22,6 +22,7 @@ from tests.support.situations import close, trained
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),  # in torch 2.9
     pytest.mark.filterwarnings("ignore:.*in a single process:UserWarning"),  # of no_dist=True
 ]
 

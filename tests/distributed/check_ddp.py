@@ -47,6 +47,7 @@ def test_two_processes_equal_one(kind, static_graph):
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated")
+@pytest.mark.filterwarnings("ignore:Please use the new API settings to control TF32")  # of torchao
 @pytest.mark.parametrize("name", QUANTISE)
 def test_quantised_layers(name):
     """The gradients of two processes are the mean of what each has by itself."""

@@ -10,8 +10,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 import randlora
 from randlora.modules.sharding import is_sharded, whole
@@ -263,6 +264,28 @@ def test_what_is_refused(order):
     )
     refused(copy.deepcopy, model, AssertionError, "FSDP does not support deepcopy")
     refused(lambda m: m.blocks[0].up(torch.ones(2, 16).double()), model, RuntimeError, "is sharded")
+
+
+def test_adapters_join_the_group_of_their_weight():
+    """A module may have several, for example one for its experts, whose gradients are apart."""
+    common = pytest.importorskip("torch.distributed.fsdp._fully_shard._fsdp_common")
+    if not hasattr(common, "ShardPlacementResult"):
+        pytest.skip("torch 2.9 has one group for each module")
+    group = dist.new_group([0, 1])
+    info = common.FSDPMeshInfo(DeviceMesh.from_group(group, "cpu"), shard_mesh_dim=0)
+    model = Model()
+    experts = {model.blocks[0].down.weight, model.blocks[0].down.bias}
+
+    def placement(parameter):
+        other = info if parameter in experts else None
+        return other and common.ShardPlacementResult(placement=Shard(0), mesh_info=other)
+
+    fully_shard(model, shard_placement_fn=placement)
+    adapt(model, modules_to_save=[])
+    for name, parameter in model.named_parameters():
+        mine = parameter.device_mesh.get_group() is group
+        assert mine == name.startswith("blocks.0.down.")
+    model(batches()[0][0]).sum().backward()
 
 
 def test_a_part_of_a_sharded_model_is_not_adapted_by_itself():
