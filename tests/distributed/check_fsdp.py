@@ -15,7 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import Shard
 
 import randlora
-from randlora.modules.sharding import is_sharded, whole
+from randlora.modules.sharding import Groups, is_sharded, whole
 from tests.distributed.models import Block, Model, adapt, batches, loss_of, numbers, shard, train
 from tests.support.situations import ROWS, close, input_of, make, results, trained
 
@@ -282,9 +282,17 @@ def test_adapters_join_the_group_of_their_weight():
 
     fully_shard(model, shard_placement_fn=placement)
     adapt(model, modules_to_save=[])
-    for name, parameter in model.named_parameters():
-        mine = parameter.device_mesh.get_group().group_name == group.group_name
-        assert mine == name.startswith("blocks.0.down.")
+    groups = {
+        name: Groups(model).new_member(torch.zeros(2), module, "weight").group
+        for name, module in model.blocks[0].named_children()
+        if name in ("up", "down")
+    }
+    assert groups["up"] is not groups["down"]
+    for name, group in groups.items():
+        names = {member._module_info.param_name for member in group.fsdp_params}
+        modules = [member._module_info.module for member in group.fsdp_params]
+        assert names >= {"weight", "randlora_lambda", "randlora_gamma"}
+        assert modules.count(getattr(model.blocks[0], name)) == 4
     model(batches()[0][0]).sum().backward()
 
 
