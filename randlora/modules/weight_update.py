@@ -158,6 +158,7 @@ class WeightUpdate:
         self._stores: dict[tuple[torch.device, torch.dtype], Store] = {}
         # A and B for compiled code.
         self.compiled_operands: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Operator]] = {}
+        bank.users.add(self)
 
     @property
     def _symbols(self) -> tuple[str, ...]:
@@ -208,7 +209,7 @@ class WeightUpdate:
     def operands(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Operator]:
         """Return the frozen ``A``, shape ``(r, p)``, and the operator ``B``, shape ``(q, m)``."""
         if torch.compiler.is_dynamo_compiling():
-            _fill_compiled_operands(self, device, dtype)
+            _fill_compiled_operands(self.bank, self.sizes, device, dtype)
             return self.compiled_operands[device, dtype]
         return self.store(device, dtype).operands(*self.sizes)
 
@@ -242,18 +243,27 @@ class WeightUpdate:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_stores": {}, "compiled_operands": {}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.bank.users.add(self)
 
-def _fill_compiled_operands(update: WeightUpdate, device: torch.device, dtype: torch.dtype) -> None:
-    """Fill ``update.compiled_operands``. Dynamo runs this while it traces, and records nothing.
 
-    The traced code then reads ``compiled_operands``, which belong to this update alone. The bank's
-    stores are shared, and Dynamo might have seen them before the bases were drawn.
+def _fill_compiled_operands(
+    bank: BasisBank, sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Fill ``compiled_operands`` of all updates of these sizes that use ``bank``.
+
+    Dynamo runs this while it traces, and records nothing. The traced code then reads
+    ``compiled_operands``, which belong to one update alone: Dynamo might have seen the bank's
+    stores, which are shared, before the bases were drawn. It compiles the code again for another
+    bank, but not for another update: so blocks that are compiled one by one can share their code.
     """
-    if (device, dtype) not in update.compiled_operands:
-        a, b = update.operands(device, dtype)
-        for tensor in (a, *tensors_of(b)):
-            torch._dynamo.mark_static(tensor)
-        update.compiled_operands[device, dtype] = a, b
+    for update in list(bank.users):
+        if update.sizes == sizes and (device, dtype) not in update.compiled_operands:
+            a, b = update.operands(device, dtype)
+            for tensor in (a, *tensors_of(b)):
+                torch._dynamo.mark_static(tensor)
+            update.compiled_operands[device, dtype] = a, b
 
 
 # `torch.compiler.assume_constant_result` does the same, but imports the compiler.
