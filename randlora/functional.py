@@ -238,10 +238,11 @@ def _run(function: Any, *arguments: Any) -> Any:
     The latter for traces and transforms, which cannot take in a function, and if there is nothing
     to record: calling a function takes longer than a small layer.
     """
-    if torch.compiler.is_compiling():
-        return function.apply(*arguments)
-    if torch._C._get_tracing_state() is not None or transforming():
+    if transforming() or _tracing():
         return function.forward(*arguments)
+    if torch.compiler.is_compiling():
+        # Dynamo may make a symbol of a number, and fails if it meets it within the function first.
+        return function.apply(*[float(a) if isinstance(a, float) else a for a in arguments])
     if torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
     if not torch.is_grad_enabled():

@@ -92,6 +92,7 @@ class BasisBank:
         self.sparsity = default if sparsity is None else sparsity
         self.sizes = [(0, 0), (0, 0)]  # reserved (rows, columns) of A and of B
         self._stores = _Stores()
+        self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # the updates that use this bank
 
     def __repr__(self) -> str:
         sparsity = "" if self.sparsity is None else f", sparsity={self.sparsity:g}"
@@ -101,10 +102,26 @@ class BasisBank:
         return self  # copies of a model share the bank and its memory
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_stores"}
+        return {n: value for n, value in vars(self).items() if n not in ("_stores", "users")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _stores=_Stores())
+        vars(self).update(state, _stores=_Stores(), users=weakref.WeakSet())
+
+    def fill_compiled_operands(
+        self, sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Let every update of these sizes that uses this bank fill its ``compiled_operands``.
+
+        Dynamo runs this while it traces, and records nothing. It compiles the code again for
+        another bank, but not for another update: blocks that are compiled one by one share code.
+        """
+        for update in list(self.users):
+            if update.sizes == sizes:
+                update.fill_compiled_operands(device, dtype)
+
+    # `torch.compiler.assume_constant_result` does the same, but imports the compiler. Dynamo of
+    # torch 2.9 accepts such a method of any object, but no function that takes one.
+    fill_compiled_operands._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     # shape: -> (r, p)
     def a(self, r: int, p: int) -> Tensor:

@@ -125,7 +125,7 @@ def _gather(bags: _Bags, table: Tensor) -> Tensor:
     """Row ``i`` of the result is the signed sum of the rows of ``table`` in bag ``i``."""
     if not torch.compiler.is_compiling() and not table.numel():
         return table.new_zeros(len(bags.offsets) - 1, table.shape[1])
-    if not torch.compiler.is_compiling() and transforming():
+    if transforming() or torch._C._are_functorch_transforms_active():
         return _dense(bags, table.shape[0]) @ table  # transforms do not know embedding_bag
     return F.embedding_bag(
         bags.places,
@@ -141,5 +141,6 @@ def _dense(bags: _Bags, columns: int) -> Tensor:
     """The matrix with the non-zeros in ``bags``."""
     counts = bags.offsets[1:] - bags.offsets[:-1]
     entries = bags.signs.new_zeros(len(counts), columns)
-    entries[torch.repeat_interleave(counts), bags.places.long()] = bags.signs
+    rows = torch.repeat_interleave(counts, output_size=len(bags.places))  # compilers cannot tell
+    entries[rows, bags.places.long()] = bags.signs
     return entries

@@ -62,9 +62,7 @@ def _owned(result: Tensor) -> Tensor:
     Where the function runs as plain operations a view is allowed: in a trace (with gradients
     enabled), and under transforms, of which detaching could lose the tangent.
     """
-    if torch.is_grad_enabled():
-        return result
-    if not torch.compiler.is_compiling() and transforming():
+    if torch.is_grad_enabled() or transforming():
         return result
     view = torch.compiler.is_compiling() or result._is_view()  # compilers cannot tell
     return result.detach() if view else result
@@ -212,9 +210,12 @@ class Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         needs, plan, wide, b = ctx.needs_input_grad[3:6], ctx.plan, ctx.wide, ctx.b
         a = ctx.a if a is None else a
-        # The gradients of kept tensors exist only in second derivatives.
-        # `*d_kept` would be a tuple in Dynamo of torch 2.9.
+        # The gradients of kept tensors exist only in second derivatives. Compiled code has none of
+        # these, but gets zeros here, because Dynamo ignores `set_materialize_grads`. (In Dynamo of
+        # torch 2.9, `*d_kept` would be a tuple.)
         dy, d_kept = grads[0], list(grads[1:])
+        if torch.compiler.is_compiling():
+            d_kept = [None] * len(d_kept)
         dxb = d_kept.pop(0) if plan.keeps == "xb" else None
         dw = d_kept.pop(0) if plan.keep_weight else None
         if dy is None:

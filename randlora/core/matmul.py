@@ -109,8 +109,12 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def transforming() -> bool:
     """Whether a transform that autograd functions do not support is active.
 
-    These are all of ``torch.func`` but ``grad`` and ``vjp``, and forward-mode differentiation.
+    These are all of ``torch.func`` but ``grad`` and ``vjp``, and forward-mode differentiation. In
+    compiled code they are all of ``torch.func``: Dynamo does not tell a function there which
+    gradients are needed.
     """
+    if torch.compiler.is_compiling():
+        return torch._C._are_functorch_transforms_active()
     if forward_ad._current_level >= 0:
         return True
     if not torch._C._are_functorch_transforms_active():

@@ -9,7 +9,7 @@ input. A new kind of basis that is cheaper to apply is a new class with this int
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -92,10 +92,29 @@ class Operator(Protocol):
         ...
 
 
+def _number(key: str) -> Any:
+    """An attribute that is a float or None, held as text under ``key``.
+
+    Dynamo can make a symbol of a float, which fails if it meets the float in an autograd function.
+    Text is a constant.
+    """
+
+    def read(self: Any) -> float | None:
+        text = getattr(self, key)
+        return None if text is None else float.fromhex(text)
+
+    def write(self: Any, value: float | None) -> None:
+        setattr(self, key, None if value is None else float(value).hex())
+
+    return property(read, write)
+
+
 class Stored:
     """An operator that holds tensors, and has no halves."""
 
     half = half_token_cost = half_weight_cost = 0
+    scale = _number("_scale")
+    unit = _number("_unit")  # products multiply the entries by this power of two; None means 1
 
     def tokens_half(self: Operator, x: Tensor) -> Tensor:
         return self.tokens_mm(x)
@@ -123,7 +142,7 @@ class _Entries(Stored):
         self.entries = entries
         self.shape = entries.shape[0], entries.shape[1]
         self.scale = scale
-        self.unit = unit  # products multiply the entries by this power of two; None means 1
+        self.unit = unit
 
     def rows(self, places: Tensor, dtype: torch.dtype) -> DenseOperator:
         return DenseOperator(self.entries[places].to(dtype), self.scale, self.unit)

@@ -159,6 +159,7 @@ class WeightUpdate:
         self._stores: dict[tuple[torch.device, torch.dtype], Store] = {}
         # A and B for compiled code.
         self.compiled_operands: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Operator]] = {}
+        bank.users.add(self)
 
     @property
     def _symbols(self) -> tuple[str, ...]:
@@ -211,25 +212,21 @@ class WeightUpdate:
     def operands(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Operator]:
         """Return the frozen ``A``, shape ``(r, p)``, and the operator ``B``, shape ``(q, m)``."""
         if torch.compiler.is_dynamo_compiling():
-            self._fill_compiled_operands(device, dtype)
+            self.bank.fill_compiled_operands(self.sizes, device, dtype)
             return self.compiled_operands[device, dtype]
         return self.store(device, dtype).operands(*self.sizes)
 
-    def _fill_compiled_operands(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Fill ``compiled_operands``. Dynamo runs this while it traces, and records nothing.
+    def fill_compiled_operands(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Fill ``compiled_operands``, from which compiled code reads ``A`` and ``B``.
 
-        The traced code then reads ``compiled_operands``, which belong to this update alone. The
-        bank's stores are shared, and Dynamo might have seen them before the bases were drawn.
+        They belong to this update alone. Dynamo might have seen the bank's stores, which are
+        shared, before the bases were drawn.
         """
         if (device, dtype) not in self.compiled_operands:
             a, b = self.operands(device, dtype)
             for tensor in (a, *tensors_of(b)):
                 torch._dynamo.mark_static(tensor)
             self.compiled_operands[device, dtype] = a, b
-
-    # `torch.compiler.assume_constant_result` does the same, but imports the compiler. Dynamo of
-    # torch 2.9 accepts such a method of any object, but no function that takes one.
-    _fill_compiled_operands._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def store(self, device: torch.device, dtype: torch.dtype) -> Store:
         """Return the bank's store for a device and a dtype."""
@@ -260,6 +257,10 @@ class WeightUpdate:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_stores": {}, "compiled_operands": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.bank.users.add(self)
 
 
 # ``Λ``, ``Γ``, ``A``, ``B`` and the dtype to compute in, as the functions on tensors take them.
