@@ -265,6 +265,8 @@ class BasisBank:
         law = kind.b if base == BASE_B else kind.a
         rows, columns = size
         out = torch.empty(size, device=device, dtype=torch.int8 if law.signs else dtype)
+        if out.is_meta:  # it has no values
+            return out
         for lo in range(0, rows, _ROWS):
             part = range(lo, min(lo + _ROWS, rows))
             entries = draw_rows(base, law, self.seed, sparsity, part, columns)

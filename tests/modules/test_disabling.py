@@ -4,6 +4,7 @@ import _thread
 import asyncio
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -144,3 +145,43 @@ def test_what_is_disabled_is_so_in_threads_that_are_not_pythons(reentrant):
         _thread.start_new_thread(lambda: (y.sum().backward(), done.set()), ())
         assert done.wait(60)
     assert torch.equal(x.grad, want)
+
+
+def test_disabled_in_several_threads_and_interleaved_generators_ends_enabled():
+    model, threads, turns = adapted(modules_to_save="1"), 4, 10
+    want = model(ROWS)
+    with disabled(model):
+        plain = model(ROWS)
+    together = threading.Barrier(threads + 1, timeout=60)
+    others = [None] * threads
+
+    def inside():
+        with disabled(model):
+            yield torch.equal(model(ROWS), plain)
+
+    def work(thread):
+        right = []
+        for turn in range(turns):
+            one, other = inside(), inside()
+            right += [next(one), next(other)]
+            others[thread] = other
+            together.wait()  # all scopes are open
+            together.wait()
+            for scope in (one, others[thread - 1])[:: 1 if turn % 2 else -1]:
+                scope.close()  # one of them was entered by another thread
+            together.wait()  # all are closed
+            right.append(torch.equal(model(ROWS), want))
+        return all(right)
+
+    with ThreadPoolExecutor(threads) as pool:
+        working = [pool.submit(work, thread) for thread in range(threads)]
+        enabled = []
+        for _ in range(turns):
+            together.wait()
+            enabled.append(torch.equal(model(ROWS), want))
+            together.wait()
+            together.wait()
+            enabled.append(torch.equal(model(ROWS), want))
+        assert all(enabled)
+        assert all(one.result() for one in working)
+    assert not any(m._randlora.disabled_scopes for m in adapted_modules(model).values())

@@ -3,10 +3,24 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from randlora import adapter_parameters, disabled, inject, set_adapter
 from tests.support.moving import ROWS, adapted, norms, shuffle
+from tests.support.situations import close
+
+
+class Embedded(nn.Module):
+    """A frozen embedding before a checkpointed part, whose first layer is adapted."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.part = nn.Embedding(5, 6), nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+
+    def forward(self, tokens, **keywords):
+        x = self.embedding(tokens)
+        return checkpoint(self.part, x, **keywords) if keywords else self.part(x)
 
 
 def two():
@@ -91,3 +105,18 @@ def test_what_is_trained_in_full_is_not_computed_again_with_another_adapter(othe
     checkpoint(part, x, use_reentrant=False).add_(1).sum().backward()
     (want,) = torch.autograd.grad(part(x).sum(), x)
     assert torch.equal(x.grad, want)
+
+
+def test_a_reentrant_checkpoint_needs_an_input_that_requires_a_gradient():
+    """Torch's own condition, which a frozen embedding does not meet."""
+    model, tokens = adapted(Embedded().double()).double(), torch.arange(4)
+    parameters = adapter_parameters(model)
+    want = torch.autograd.grad(model(tokens).sum(), parameters)
+    y = model(tokens, use_reentrant=False)
+    assert close(torch.autograd.grad(y.sum(), parameters), want)
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
+        assert not model(tokens, use_reentrant=True).requires_grad
+    # As `enable_input_require_grads` of transformers does.
+    model.embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+    model(tokens, use_reentrant=True).sum().backward()
+    assert close([p.grad for p in parameters], want)

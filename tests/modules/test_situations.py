@@ -3,7 +3,10 @@
 If torch fails for the plain module, the test of checkpoints skips it.
 """
 
+import copy
+import pickle
 import threading
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,12 +17,15 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 import randlora
+from tests.support.moving import dumped
 from tests.support.situations import (
     close,
     input_of,
     make,
+    probe_like,
     results,
     rows,
     same,
@@ -170,3 +176,145 @@ def test_checkpoints_with_a_policy(row, policy):
         except RuntimeError as error:
             pytest.skip(f"torch: {error}")
     assert close(results(model, x, selective(model)), results(model, x))
+
+
+# --- training with less memory -------------------------------------------------------------------
+
+
+def in_double(row, **around):
+    """A trained model all in float64, so that results differ only by roundings of float64."""
+    return trained(make(row, **around)[1].double())
+
+
+def gradients(model, x, call=None):
+    """As ``results`` from the same seed, but by ``backward``, as re-entrant checkpoints need."""
+    x = x.detach().requires_grad_(x.is_floating_point())
+    leaves = [*([x] if x.requires_grad else []), *randlora.adapter_parameters(model)]
+    for leaf in leaves:
+        leaf.grad = None
+    torch.manual_seed(6)
+    y = (call or model)(x)
+    (y * probe_like(y)).sum().backward()
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def recomputed(part, x, reentrant):
+    """Re-entrant checkpoints give no gradients if no input requires one, as tokens do not."""
+    anchor = torch.zeros((), requires_grad=True)
+    return checkpoint(lambda x, _: part(x), x, anchor, use_reentrant=reentrant)
+
+
+def nested(inner, outer):
+    return lambda part, x: recomputed(partial(recomputed, part, reentrant=inner), x, outer)
+
+
+KINDS = {"re-entrant": True, "not re-entrant": False}
+CHECKPOINTS = {name: partial(recomputed, reentrant=kind) for name, kind in KINDS.items()} | {
+    f"{inner} in {outer}": nested(KINDS[inner], KINDS[outer]) for inner in KINDS for outer in KINDS
+}
+
+
+@pytest.mark.parametrize("way", CHECKPOINTS.values(), ids=CHECKPOINTS)
+@rows
+def test_checkpoints_with_dropout(row, way):
+    row = replace(row, keywords={**row.keywords, "dropout": 0.4})
+    model = in_double(row, before=None if row.tokens else nn.Dropout(0.3), after=nn.Dropout(0.2))
+    x = input_of(row)
+    want = gradients(model, x)
+    assert all(tensor.count_nonzero() for tensor in want)
+    assert close(gradients(model, x, partial(way, model)), want)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 3)])
+@rows
+def test_micro_batches_add_up_to_the_large_batch(row, sizes):
+    model, x = in_double(row), input_of(row)
+    y, *_ = want = gradients(model, x)
+    parameters = randlora.adapter_parameters(model)
+    for parameter in parameters:
+        parameter.grad = None
+    for part, probe in zip(x.split(sizes), probe_like(y).split(sizes), strict=True):
+        (model(part) * probe).sum().backward()
+    assert close([p.grad for p in parameters], want[-len(parameters) :])
+
+
+HOOKS = {
+    "left where they are": torch.autograd.graph.save_on_cpu,
+    # Copied, also on a machine without an accelerator. The copies are contiguous, so that torch may
+    # choose another product.
+    "copied": partial(torch.autograd.graph.save_on_cpu, pin_memory=True),
+}
+
+
+@pytest.mark.parametrize("hooks", HOOKS.values(), ids=HOOKS)
+@rows
+def test_what_is_saved_for_backward_may_be_offloaded(row, hooks):
+    model, x = in_double(row), input_of(row)
+
+    def offloaded(x):
+        with hooks():
+            return model(x)
+
+    assert close(results(model, x, offloaded), results(model, x))
+
+
+@pytest.mark.parametrize("way", ["called", "recomputed"])
+@with_gradients
+def test_no_gradient_is_computed_of_an_input_that_needs_none(row, way):
+    model = in_double(row)
+    parameters, flops = randlora.adapter_parameters(model), {}
+    _, _, *want = results(model, input_of(row))
+    for needed in (True, False):
+        x = input_of(row).requires_grad_(needed)
+        y = model(x) if way == "called" else checkpoint(model, x, use_reentrant=False)
+        with FlopCounterMode(display=False) as counter:
+            (y * probe_like(y)).sum().backward()
+        assert close([p.grad for p in parameters], want)
+        flops[needed] = counter.get_total_flops()
+        for parameter in parameters:
+            parameter.grad = None
+    assert flops[False] < flops[True]
+
+
+# --- copies --------------------------------------------------------------------------------------
+
+
+DUPLICATES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "save": lambda model: torch.load(dumped(model), weights_only=False),
+}
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATES.values(), ids=DUPLICATES)
+@rows
+def test_a_copy_trains_as_the_original_does_and_apart_from_it(row, duplicate):
+    model, x = trained(make(row)[1]), input_of(row)
+    want = gradients(model, x)  # a copy may have gradients, too
+    copied = duplicate(model)
+    assert same(results(copied, x), want)
+    with torch.no_grad():
+        for parameter in randlora.adapter_parameters(copied):
+            parameter.zero_()
+    assert not same(results(copied, x), want)
+    assert same(results(model, x), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@rows
+def test_a_model_converted_to_a_dtype_is_one_made_in_it(row, dtype):
+    """The bases are drawn anew in the dtype, and not rounded twice."""
+    model, made = (trained(make(row, of)[1]).to(dtype) for of in (torch.float64, dtype))
+    x = input_of(row, dtype)
+    assert all(p.dtype == dtype for p in randlora.adapter_parameters(model))
+    assert same(results(model, x), results(made, x))
+
+
+@rows
+def test_a_model_goes_to_meta_and_takes_its_numbers_again(row):
+    model, x = trained(make(row)[1]), input_of(row)
+    want, state = results(model, x), model.state_dict()
+    empty = copy.deepcopy(model).to("meta")
+    assert empty(x.to("meta")).shape == want[0].shape
+    empty.load_state_dict(state, assign=True)
+    assert same(results(empty, x), want)

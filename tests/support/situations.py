@@ -123,9 +123,13 @@ def results(model, x, call=None):
     x = x.detach().requires_grad_(x.is_floating_point())
     leaves = [*([x] if x.requires_grad else []), *randlora.adapter_parameters(model)]
     y = (model if call is None else call)(x)
+    return [y.detach(), *torch.autograd.grad((y * probe_like(y)).sum(), leaves)]
+
+
+def probe_like(y):
+    """Random numbers, the factors of the outputs in a loss."""
     generator = torch.Generator().manual_seed(5)
-    probe = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
-    return [y.detach(), *torch.autograd.grad((y * probe).sum(), leaves)]
+    return torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
 
 
 def same(got, want):
