@@ -27,7 +27,7 @@ from torch.jit._trace import TracerWarning
 
 from randlora.core.kernel import EffectiveWeight, Linear
 from randlora.core.machine import machine_of
-from randlora.core.matmul import transforming
+from randlora.core.matmul import is_static, transforming
 from randlora.core.operators import Operator
 from randlora.core.planning import AUTOMATIC, UNKNOWN_TOKENS, Choice, Work, choose
 
@@ -215,17 +215,6 @@ def work_of(
     needs = needs_input, needs_parameters, needs_weight, alone
     costs = b.weight_cost, b.token_cost, b.half, b.half_token_cost, b.half_weight_cost
     return Work(tokens, p, q, m, m // r, wide, *needs, *costs, moving)
-
-
-def is_static(size: int) -> bool:
-    """Whether ``size`` is a fixed number, not a symbolic size of a traced or compiled graph."""
-    if _tracing():
-        return False
-    if not torch.compiler.is_compiling():
-        return True
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-
-    return has_static_value(size)
 
 
 def _tracing() -> bool:

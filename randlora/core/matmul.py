@@ -101,6 +101,15 @@ def in_place() -> bool:
     )
 
 
+def is_static(size: int) -> bool:
+    """Whether ``size`` is a fixed number, not a symbolic size of a traced or compiled graph."""
+    if not torch.compiler.is_compiling():
+        return torch._C._get_tracing_state() is None
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return has_static_value(size)
+
+
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` in ``dtype``, faster than ``to`` if it has it."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from randlora.core import machine
-from randlora.core.matmul import apply_to_parts, cast, in_place
+from randlora.core.matmul import apply_to_parts, cast, in_place, is_static, transforming
 from randlora.core.operators import Operator
 from randlora.core.passes import coefficient_grads, coefficients
 from randlora.core.planning import few
@@ -32,12 +32,14 @@ def tile_width(rows: int, itemsize: int) -> int:
 def is_few(x: Tensor, a: Tensor, n: int, times: int = 2) -> bool:
     """Whether products of these tokens are computed without ``C`` or ``P``.
 
-    Not in a graph, which may be for any number of tokens.
+    In a graph, not if it is for any number of tokens. Else only where :func:`in_place` allows it.
     """
-    if not in_place():
-        return False
     tokens = x.numel() // x.shape[-1]
-    return few(tokens, n, times) and 8 * tokens * a.numel() <= machine.TRANSIENT_BYTES
+    if torch.compiler.is_compiling():
+        allowed = is_static(tokens) and not transforming()
+    else:
+        allowed = in_place()
+    return allowed and few(tokens, n, times) and 8 * tokens * a.numel() <= machine.TRANSIENT_BYTES
 
 
 class FactoredUpdate:

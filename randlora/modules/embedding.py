@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from randlora.functional import effective_weight, is_static
+from randlora.core.matmul import is_static
+from randlora.functional import effective_weight
 from randlora.modules.adapted import AdaptedModule, reset
 from randlora.modules.effective import active_tensor, frozen_weight
 from randlora.modules.fx import call_node

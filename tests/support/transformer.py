@@ -32,11 +32,11 @@ class Block(nn.Module):
 class Model(nn.Module):
     """A small transformer with a tied output head, a shared gate, and layers of many shapes."""
 
-    def __init__(self, d=16, vocabulary=30):
+    def __init__(self, d=16, vocabulary=30, depth=2):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, d)
         self.pool = nn.EmbeddingBag(3, d)
-        self.blocks = nn.Sequential(Block(d), Block(d))
+        self.blocks = nn.Sequential(*(Block(d) for _ in range(depth)))
         self.gate = nn.Linear(d, 4, bias=False)
         self.gate_alias = self.gate
         self.lm_head = nn.Linear(d, vocabulary, bias=False)
