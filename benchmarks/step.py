@@ -6,7 +6,7 @@ of its own for each method. On a GPU the times are those between CUDA events, an
 of torch's allocator.
 
     python benchmarks/step.py [--cases NAME ...] [--methods NAME ...] [--rounds N] [--no-memory]
-                              [--curves [NAME ...]] [--out FOLDER] [--device D]
+                              [--compile] [--curves [NAME ...]] [--out FOLDER] [--device D]
 """
 
 from __future__ import annotations
@@ -192,6 +192,11 @@ METHODS: dict[str, Prepare] = {
     "isometric": ours("isometric"),
     "isometric, A trained": ours("isometric", train_a=True),
 }
+COMPILED = ", compiled"  # ends the name of a method under torch.compile
+
+
+def method(name: str) -> Prepare:
+    return METHODS[name.removesuffix(COMPILED)]
 
 
 # --- the oracle first ----------------------------------------------------------------------------
@@ -268,6 +273,8 @@ class Run:
             self.model = prepare(case.model().to(DEVICE), case).train()
         if to_check:
             check(self.model, case)
+        if name.endswith(COMPILED):
+            self.model.compile()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.trained, lr=1e-4)
         # One layer gets a gradient of its input, as if there were more below.
@@ -336,7 +343,7 @@ def peak(name: str, case: Case) -> int:
     import peft  # noqa: F401  (so that all methods start from the same)
 
     if DEVICE.type == "cuda":
-        run = Run(name, METHODS[name], case, to_check=False)
+        run = Run(name, method(name), case, to_check=False)
         run.step()
         torch.cuda.reset_peak_memory_stats()
         run.step()
@@ -349,7 +356,7 @@ def peak(name: str, case: Case) -> int:
     fault_in_code()
 
     before, code = resident("VmRSS"), resident("RssFile")
-    run = Run(name, METHODS[name], case, to_check=False)  # it was checked before the timing
+    run = Run(name, method(name), case, to_check=False)  # it was checked before the timing
     run.step()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
     run.step()
@@ -420,7 +427,7 @@ def bench(case_name: str, methods: list[str], rounds: int, memory: bool) -> list
         methods = [name for name in methods if "torch's GEMM" not in name]
     if not methods:
         return []
-    runs = {name: Run(name, METHODS[name], case) for name in methods}
+    runs = {name: Run(name, method(name), case) for name in methods}
     with tqdm(total=(rounds + 1) * len(runs), desc=case_name, leave=False) as bar:
         for turn in range(rounds + 1):
             # Alternate the order: each method changes the allocator and caches for the next one.
@@ -459,15 +466,16 @@ def so_far(runs: dict[str, Run]) -> str:
 def table(rows: list[dict[str, object]]) -> str:
     by_name = {row["method"]: row for row in rows}
     lines = [
-        f"| {'method':<18} | trained | forward | backward | step | of full "
+        f"| {'method':<18} | trained | forward | backward | step | of eager | of full "
         "| of PEFT RandLora "
         "| of PEFT LoRA | products | saved | peak |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
+        eager = str(row["method"]).removesuffix(COMPILED)
         ratios = [
             f"{row['step_p50'] / by_name[name]['step_p50']:.2f}" if name in by_name else ""
-            for name in ("full fine-tuning", "PEFT RandLora", "PEFT LoRA")
+            for name in (eager, "full fine-tuning", "PEFT RandLora", "PEFT LoRA")
         ]
         lines.append(
             f"| {row['method']:<18} | {row['trained']:,} | {row['forward_p50']:.3f} s "
@@ -622,6 +630,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-memory", action="store_true", help="leave out the peaks")
     parser.add_argument(
+        "--compile", action="store_true", help="each method under torch.compile, too"
+    )
+    parser.add_argument(
         "--curves", nargs="*", choices=list(CURVES), help="scaling curves as well, by default all"
     )
     parser.add_argument("--out", type=Path, default=Path("step"), help="a folder for CSV and plots")
@@ -648,6 +659,8 @@ def main() -> None:
         for onednn, name in enumerate(("torch's own", "the update's")):
             rate = gemm_rate(dtype, bool(onednn))
             print(f"matrix products in {dtype}, {name}: {rate / 1e9:.0f} G multiply-adds / s")
+    if options.compile:
+        options.methods = [name + end for name in options.methods for end in ("", COMPILED)]
     found: list[dict[str, object]] = []
     for case_name in options.cases:
         rows = bench(case_name, options.methods, options.rounds, not options.no_memory)

@@ -11,6 +11,8 @@ On processors without units for bfloat16 and float16, products in these dtypes w
 up to 3 times (bfloat16) and 300 times (float16) slower than in float32. On such processors they are
 computed in float32 and rounded once.
 
+Compiled code computes float32 products as described, and all others as torch does.
+
 The functions that add (their names end in ``_``) return the sum. They overwrite the matrix that is
 added to if :func:`in_place` allows it, so callers use only the returned matrix.
 """
@@ -164,6 +166,9 @@ def mm(a: Tensor, b: Tensor, alpha: float | None = None) -> Tensor:
         return product
     if alpha is not None:
         return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=alpha)
+    if _compiles(a, b):
+        compiled: Tensor = compiled_mm(a, b)
+        return compiled
     if _allowed(a, b):
         if _suits(a, b):
             return _onednn(a, b)
@@ -196,6 +201,8 @@ def addmm_(
     ``keep`` leaves ``total`` as it is. oneDNN has no product that adds in place, so with it the
     product takes memory of its own.
     """
+    if alpha is None and _compiles(a, b):
+        return total + mm(a, b)
     if keep or not in_place():
         return torch.addmm(total, a, b, alpha=1 if alpha is None else alpha)
     if _upcasts(a, b):
@@ -295,6 +302,34 @@ def _allowed(a: Tensor, b: Tensor) -> bool:
         and a.dtype == b.dtype
         and bool(torch.backends.mkldnn.enabled)
     )
+
+
+def _compiles(a: Tensor, b: Tensor) -> bool:
+    """Whether compiled code computes this by :func:`compiled_mm`, whose derivative is unknown.
+
+    A size that is a symbol counts as large. An export has to run on any processor.
+    """
+    return (
+        torch.compiler.is_dynamo_compiling()
+        and not torch.compiler.is_exporting()
+        and uses_onednn(a.dtype, a.device)
+        and a.dtype == b.dtype
+        and not torch.is_grad_enabled()
+        and not transforming()
+        and all(size >= _SMALLEST for size in (*a.shape, b.shape[1]) if is_static(size))
+    )
+
+
+@torch.library.custom_op("randlora::mm", mutates_args=())
+def compiled_mm(a: Tensor, b: Tensor) -> Tensor:
+    """``a b``, stored by rows, as one operation of compiled code."""
+    with torch.no_grad():
+        return mm(a, b).contiguous()
+
+
+@compiled_mm.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
 
 
 def _suits(a: Tensor, b: Tensor) -> bool:

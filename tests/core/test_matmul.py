@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+import randlora
 from randlora import BasisBank, Choice, reference
 from randlora.core import machine, matmul
 from randlora.functional import randlora_linear
@@ -261,3 +262,40 @@ def test_second_derivatives_go_around_it(asked):
     assert asked  # in the forward, which records no derivatives
     assert second.isfinite().all()
     assert second.abs().max() > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("way", ["weight", "activations"])
+def test_compiled_code_gives_it_the_same_products(way, dynamic, asked):
+    layer = randlora.RandLoRALinear(256, 320, rank=8, bank=BasisBank(seed=3))
+    nn.init.normal_(layer.randlora_gamma)
+    layer.choice = Choice(way, way, way)
+    leaves = torch.randn(200, 256, requires_grad=True), *layer.weight_update.parameters(layer)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    results = []
+    for call in (layer, compiled):
+        asked.clear()
+        y = call(leaves[0])
+        results.append((sorted(asked), y, *torch.autograd.grad(y.square().sum(), leaves)))
+    (products, *eager), (compiled_products, *got) = results
+    assert compiled_products == products
+    assert products
+    for one, other in zip(got, eager, strict=True):
+        # Sums of about 10,000 products of order one; errors are relative to the largest entry.
+        assert_close(one, other, 1e-5)
+
+
+@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, repeat=2)), ids=str)
+def test_the_operation_of_compiled_code_is_what_it_says(layouts, asked):
+    matrices = laid_out(300, 200, layouts[0]), laid_out(200, 250, layouts[1])
+    tests = "test_schema", "test_faketensor"
+    torch.library.opcheck(matmul.compiled_mm, matrices, test_utils=tests)
+    assert torch.equal(matmul.compiled_mm(*matrices), torch.no_grad()(matmul.mm)(*matrices))
+
+
+def test_an_export_asks_no_library_that_is_not_on_every_processor(asked):
+    layer = randlora.RandLoRALinear(256, 320, rank=8)
+    exported = torch.export.export(layer, (torch.randn(200, 256),))
+    targets = {str(node.target) for node in exported.graph.nodes}
+    assert not any("randlora.mm" in target for target in targets)

@@ -153,13 +153,13 @@ NEEDS = {  # the gradient of the input, and of the adapter
 @pytest.mark.parametrize("basis", ["dense", "very_sparse", "isometric"])
 def test_compiled_a_step_takes_as_many_flops(basis, needs):
     for sizes in ((192, 64), (64, 192)):  # wide, tall
-        model = inject(nn.Sequential(nn.Linear(*sizes)), 8, basis=basis)
+        model = inject(nn.Sequential(nn.Linear(*sizes)), 8, basis=basis).double()
         for parameter in randlora.adapter_parameters(model):
             parameter.requires_grad_(needs[1])
         # Through the activations, with x B kept if wide; through the weight, which is kept.
         for count, choice in ((40, Choice()), (640, Choice(keep_weight=None))):
             model[0].choice = choice
-            x = torch.ones(count, sizes[0], requires_grad=needs[0])
+            x = torch.ones(count, sizes[0], dtype=torch.float64, requires_grad=needs[0])
             torch._dynamo.reset()
             got, want = (flops(model, x, compiled=compiled) for compiled in (True, False))
             assert got == want
