@@ -200,10 +200,12 @@ def _bank(recipe: Mapping[str, Any], tensors: Mapping[str, Tensor], place: int) 
     return PeftBank(kind, **arguments, entries=entries)
 
 
-def samples(weight: Tensor | None) -> Tensor:
+def samples(weight: Tensor | None, spec: WeightSpec) -> Tensor:
     """Some entries of a base weight, equal in every dtype up to rounding; zeros if unreadable."""
     known = weight is not None and type(local(weight)) in (torch.nn.Parameter, Tensor)
     if weight is None or not known or not weight.is_floating_point():
+        return torch.zeros(SAMPLES)
+    if weight.numel() != max(spec.stack, 1) * spec.out * spec.in_:  # packed, as 4 bits are
         return torch.zeros(SAMPLES)
     places = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64).long()
     return whole(weight.detach()).reshape(-1)[places.to(weight.device)].float().cpu()
@@ -220,7 +222,7 @@ def check_base_weights(data: AdapterData, weights: Mapping[str, Tensor | None]) 
     for name, theirs in zip(sorted(data.updates), data.base, strict=True):
         # Rounding changes an entry by up to 2**-8 of it (bfloat16) or by 2**-24 (small, float16).
         if name in weights and not torch.allclose(
-            samples(weights[name]), theirs, rtol=2**-7, atol=2**-23
+            samples(weights[name], data.updates[name][0]), theirs, rtol=2**-7, atol=2**-23
         ):
             raise BaseModelError(
                 f"the adapter was trained on another base model: {name!r} has other values; use "

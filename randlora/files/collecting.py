@@ -117,7 +117,7 @@ def collect(
                     "that are infinite or NaN"
                 )
             weight = module._parameters.get(parameter)
-            base[name] = samples(weight)
+            base[name] = samples(weight, update.spec)
     saved = _saved(modules, adapter)
     saved |= _besides(model, adapter, trained_besides)
     for name, tensor in saved.items():

@@ -27,6 +27,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 _SYNCHRONISING = frozenset(
     {
         "torch.nn.parallel.distributed.DistributedDataParallel",
+        "torch.distributed._composable.replicate.DDP",
         "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
     }
 )

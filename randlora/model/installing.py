@@ -30,9 +30,16 @@ from randlora.modules import adapted
 from randlora.modules.adapted import AdaptedModule, change_class, classes_in_front
 from randlora.modules.classes import adapted_class, can_become
 from randlora.modules.recurrent import AdaptedRNN
-from randlora.modules.sharding import Groups, NewMember, check_dtypes, reshard, whole
+from randlora.modules.sharding import (
+    Groups,
+    NewMember,
+    check_dtypes,
+    note_trained,
+    reshard,
+    whole,
+)
 from randlora.modules.state import state_of, tensor_of
-from randlora.modules.table import handler_of
+from randlora.modules.table import handler_of, is_unreadable
 from randlora.modules.weight_update import DEFAULT, Settings, WeightUpdate
 
 # The groups of `adapter_parameters`. The first ones are in the order of an update's parameters.
@@ -112,6 +119,8 @@ def prepare_copies(
     _add_copies(index, adapter, changes, wanted, Groups(index.model))
     for module, own in changes.items():
         own.new_class = _new_class(index, module, own)
+    members = [member for own in changes.values() for member in own.sharded.values()]
+    check_dtypes(members, _trained_by(index.adapted, adapter) if members else {})
     return changes
 
 
@@ -216,6 +225,8 @@ def untrainable(module: nn.Module) -> str | None:
         trainable = parameter.is_floating_point() or parameter.is_complex()
         if not trainable or parameter.is_inference():
             return f"{name!r}, {'an inference tensor' if trainable else parameter.dtype}"
+        if name == "weight" and is_unreadable(handler_of(module)):
+            return f"{name!r}, which is quantised"
     return None
 
 
@@ -252,6 +263,7 @@ def train(model: nn.Module) -> None:
                 parameter.requires_grad_(name == state.active)
                 if name != state.active:
                     parameter.grad = None
+    note_trained(model)
 
 
 @overload
@@ -302,9 +314,7 @@ def adapter_parameters(
     rates = _rates(lr, multipliers)
     modules = adapted_modules(model)
     adapter = active_adapter(modules)
-    names = {p: name for m in modules.values() for name, p in _named_numbers(m, adapter)}
-    for module in modules.values():
-        names |= dict.fromkeys(_copied_parameters(module, adapter), _SAVED)
+    names = _trained_by(modules, adapter)
     if lr is None:
         return list(names)
     groups: list[dict[str, Any]] = []
@@ -338,6 +348,14 @@ def _rates(lr: float | None, multipliers: Mapping[str, float] | None) -> dict[st
     rate = as_positive_real("lr", lr)
     given = {n: as_positive_real(f"multipliers[{n!r}]", m) for n, m in multipliers.items()}
     return {name: rate * given.get(name, 1.0) for name in _GROUPS}
+
+
+def _trained_by(modules: Mapping[str, Any], adapter: str) -> dict[nn.Parameter, str]:
+    """The parameters that an adapter trains, each with the name of its group."""
+    names = {p: name for m in modules.values() for name, p in _named_numbers(m, adapter)}
+    for module in modules.values():
+        names |= dict.fromkeys(_copied_parameters(module, adapter), _SAVED)
+    return names
 
 
 def _named_numbers(module: Any, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:

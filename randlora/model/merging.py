@@ -31,7 +31,7 @@ from randlora.model.index import (
 )
 from randlora.modules.adapted import plain_class, remove
 from randlora.modules.effective import merged_weight, set_merged_weight, weighted_sum
-from randlora.modules.sharding import is_sharded, leave
+from randlora.modules.sharding import is_sharded, leave, note_trained
 from randlora.modules.state import state_of, tensor_of
 from randlora.modules.weight_update import weight_name
 
@@ -176,6 +176,7 @@ def unload(model: ModelT, *, merge: bool | Mapping[str, float] = False) -> Model
     for name, module in modules.items():
         remove(module, new.pop(name))
     leave(model)
+    note_trained(model)
     for module in model.modules():
         vars(module).pop(TRAINED_BESIDES, None)
     return model

@@ -60,6 +60,7 @@ def set_adapter(model: ModelT, adapter: str) -> ModelT:
         raise ValueError("model must not be merged while its adapter is changed; unmerge it first")
     if any(module._randlora.active != adapter for module in modules.values()):
         refuse_wrapped(model, "change its adapter")
+    require_groups(model, modules)
     for module in modules.values():
         module._randlora.activate(adapter)
     train(model)

@@ -24,6 +24,7 @@ from randlora.modules.state import (
     state_of,
     tensor_of,
     tensors_equal,
+    thread_id,
 )
 from randlora.modules.weight_update import WeightUpdate
 
@@ -50,7 +51,10 @@ class AdaptedModule:
         if state is not None and not state.reads_base and is_sharded(param):
             bool(self._distribute_module_applied)
         if state is not None and not state.reads_base and param is not self._parameters.get(name):
-            if state.active_update(name) is not None:
+            update = state.active_update(name)
+            # A quantised layer may put its own weight in order while it is called.
+            called = thread_id() in state.call_caches
+            if update is not None and not (update.spec.unreadable and called):
                 raise RuntimeError(
                     f"{name} of a {type(self).__name__} is W0 + ΔW and cannot be assigned, because "
                     "ΔW would be added to the new value too. To replace W0, assign within "

@@ -195,13 +195,15 @@ def set_merged_weight(module: Any, parameter: str, weight: Tensor) -> None:
 def refresh_merged_weights(module: Any) -> None:
     """Compute the merged weights of a module again, if it is merged.
 
-    This cannot wait until they are read: compiled code that reads them cannot compute them.
+    This cannot wait until they are read: compiled code that reads them cannot compute them. But a
+    sharded weight is gathered only in calls, each of which computes it.
     """
     state = state_of(module)
     state.merged_weights.clear()
     if state.merged:
         for parameter in state.active_updates:
-            set_merged_weight(module, parameter, merged_weight(module, parameter))
+            if not is_sharded(module._parameters.get(parameter)):
+                set_merged_weight(module, parameter, merged_weight(module, parameter))
 
 
 def read_merged_weight(module: Any, parameter: str) -> Tensor:
@@ -214,6 +216,8 @@ def read_merged_weight(module: Any, parameter: str) -> Tensor:
                 f"{type(module).__name__} is merged, so its update gets no gradient; call "
                 "randlora.unmerge(model) to train it, or model.eval() to use it"
             )
+    if parameter not in state.merged_weights:
+        return merged_weight(module, parameter)
     names, tensors, weight = state.merged_weights[parameter]
     if torch.compiler.is_compiling():
         return weight

@@ -28,6 +28,7 @@ from randlora.modules.effective import (
 )
 from randlora.modules.fx import call_node
 from randlora.modules.one_token import prepare
+from randlora.modules.sharding import is_sharded
 from randlora.modules.weight_update import (
     DEFAULT,
     Settings,
@@ -150,6 +151,11 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
         if isinstance(linear, AdaptedModule):
             raise TypeError(f"linear cannot be adapted: {type(linear).__name__} is adapted already")
+        if is_sharded(linear.bias) or is_sharded(linear._parameters.get("weight")):
+            raise TypeError(
+                "linear cannot be adapted: it is distributed, and FSDP would not gather the "
+                "weights of a copy; call randlora.inject, or adapt the layer before fully_shard"
+            )
         if (
             reason := why_unsupported(linear, linear_spec(linear)) or attribute_conflict(linear)
         ) is not None:

@@ -9,12 +9,14 @@ private ones, and is the only one that does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from randlora.modules.disabling import backward_task_id
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
@@ -61,13 +63,18 @@ def is_fsdp_class(cls: type) -> bool:
 
 
 def _fsdp_modules(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if is_fsdp_class(type(module))]
+    # Other classes that torch puts in front of a module have no groups.
+    return [module for module in model.modules() if hasattr(type(module), "_get_fsdp_state")]
 
 
 def reshard(model: nn.Module) -> None:
-    """Put the sharded parameters back in place of gathered ones, as before the first call."""
-    for module in _fsdp_modules(model):
-        module.reshard()
+    """Put the sharded parameters back in place of gathered ones, as before the first call.
+
+    Not in a backward, which uses the gathered ones. A hook that only reads a model may call this.
+    """
+    for module in [] if backward_task_id() != -1 else _fsdp_modules(model):
+        for group in _groups_of(module):
+            group._to_sharded()  # `module.reshard()` does nothing after an error within a call
 
 
 def _groups_of(fsdp_module: Any) -> list[Any]:
@@ -84,7 +91,10 @@ class Groups:
     def __init__(self, model: nn.Module) -> None:
         self._beside: dict[tuple[nn.Module, str], Any] = {}  # the member that has a parameter
         self._above: dict[nn.Module, Any] = {}  # a member of the group of the next module above
-        for module in _fsdp_modules(model):  # from the root on, so that the next one above wins
+        modules = _fsdp_modules(model)
+        if modules and backward_task_id() != -1:
+            raise ValueError("model must not be changed in a backward, while FSDP has gathered it")
+        for module in modules:  # from the root on, so that the next one above wins
             members = [(group, one) for group in _groups_of(module) for one in group.fsdp_params]
             if members:
                 self._above |= dict.fromkeys(module.modules(), members[0])
@@ -147,15 +157,34 @@ class NewMember:
             lambda *_: member.reset_sharded_param()
         )
         group.fsdp_params.append(member)
-        if hasattr(group.comm_ctx, "device_handle"):  # FSDP has run; its first run sets the dtypes
+
+
+def note_trained(model: nn.Module) -> None:
+    """Let the groups note which parameters are trained, after this has changed.
+
+    FSDP notes their dtypes in its first run. Before it shares them out, it adds up gradients by
+    itself; frozen parameters lose those too.
+    """
+    for group in (group for module in _fsdp_modules(model) for group in _groups_of(module)):
+        for member in group.fsdp_params:
+            if not member.sharded_param.requires_grad:
+                member.unsharded_accumulated_grad = None
+                if (gathered := vars(member).get("_unsharded_param")) is not None:
+                    gathered.grad = None
+        if hasattr(group.comm_ctx, "device_handle"):  # it has run
             group._init_mp_dtypes()
 
 
-def check_dtypes(new: Iterable[NewMember]) -> None:
-    """Raise if new parameters of one group, which are all trained, are not of one dtype."""
+def check_dtypes(new: Iterable[NewMember], trained: Container[Tensor] = ()) -> None:
+    """Raise if the parameters of one group that are trained together are not of one dtype.
+
+    These are new ones and those of the members in ``trained``.
+    """
     dtypes: dict[int, set[torch.dtype]] = {}
     for member in new:
-        dtypes.setdefault(id(member.group), set()).add(member.parameter.dtype)
+        there = (one.sharded_param for one in member.group.fsdp_params)
+        found = dtypes.setdefault(id(member.group), {p.dtype for p in there if p in trained})
+        found.add(member.parameter.dtype)
     for found in dtypes.values():
         if len(found) > 1:
             raise ValueError(

@@ -108,6 +108,8 @@ _TABLE: dict[type | str, Handler | str] = {
         AdaptedModule, _named_specs("weight", transposed=True)
     ),
     "torch.ao.nn.quantized.dynamic.modules.linear.Linear": _UNREADABLE_HANDLER,
+    # It may pack its weight into floating numbers, for FSDP.
+    "bitsandbytes.nn.modules.Linear4bit": _UNREADABLE_HANDLER,
     nn.Bilinear: "is bilinear in two inputs: its weight is not a matrix",
     nn.EmbeddingBag: "adds up rows of its weight, which is not supported",
     torch.jit.ScriptModule: "is compiled by TorchScript, which reads its weights outside of Python",

@@ -108,6 +108,27 @@ def test_what_was_trained_besides_is_gathered(shared_path):
     assert torch.equal(whole(loaded.blocks[0].norm.randlora_copy_weight), torch.ones(16).double())
 
 
+@pytest.mark.parametrize("run", [False, True])
+def test_what_was_trained_besides_has_the_dtype_of_its_group(run, shared_path):
+    def make():
+        return adapt(Model().bfloat16(), modules_to_save=[])
+
+    model = make()
+    model.blocks[0].norm.requires_grad_(True)
+    if dist.get_rank() == 0:
+        randlora.save_adapter(model, shared_path / "a.pt", trained_besides=True)
+    dist.barrier()
+    model = shard(make())
+    x = batches(mine=True)[0][0].bfloat16()
+    if run:
+        model(x)
+    before = model.state_dict()
+    with pytest.raises(ValueError, match="one dtype"):
+        randlora.load_adapter(model, shared_path / "a.pt")
+    assert list(model.state_dict()) == list(before)
+    model(x).sum().backward()
+
+
 # --- state dicts ---------------------------------------------------------------------------------
 
 

@@ -129,6 +129,20 @@ def test_files(shared_path):
     assert all(map(torch.equal, numbers(loaded).values(), numbers(model).values()))
 
 
+def test_replicate(shared_path):
+    """It puts a class in front of the model's, as FSDP does."""
+    module = pytest.importorskip("torch.distributed._composable.replicate")
+    want, model = (adapt(adapt(Model()), adapter="second").double() for _ in range(2))
+    module.replicate(model)
+    train(model, batches(mine=True))
+    train(want, batches())
+    assert close(numbers(model).values(), numbers(want).values())
+    with pytest.raises(ValueError, match="must not be inside of DDP to change"):
+        randlora.set_adapter(model, "second")
+    if dist.get_rank() == 0:
+        randlora.save_adapter(model, shared_path / "a.pt")
+
+
 def test_a_change_of_what_is_trained_is_refused():
     model = adapt(Model())
     adapt(model, adapter="second")

@@ -107,6 +107,17 @@ def test_training_steps_are_those_beside_the_dequantised_weight(quantise, contex
 
 
 @quantised
+def test_a_quantised_layer_is_not_trained_in_full(quantise):
+    model = nn.Sequential(nn.Linear(SIZE, SIZE), quantise(nn.Linear(SIZE, 32))[0])
+    if "weight" not in model[1]._parameters:
+        pytest.skip("its weight is no parameter")
+    before = parts(model)
+    with pytest.raises(TypeError, match=r"modules_to_save must be trainable, but '1' has 'weight'"):
+        inject(model, rank=4, target_modules="0", modules_to_save="1")
+    assert parts(model) == before
+
+
+@quantised
 def test_no_call_merges_a_quantised_layer(quantise):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(SIZE, SIZE), quantise(nn.Linear(SIZE, 32))[0]).eval()

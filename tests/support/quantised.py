@@ -47,5 +47,6 @@ QUANTISE = {
     "torchao, int8": int8,
     "bitsandbytes, 4 bits": partial(four_bits, quant_type="nf4", compress_statistics=True),
     "bitsandbytes, 4 bits, other": partial(four_bits, quant_type="fp4", compress_statistics=False),
+    "bitsandbytes, 4 bits in float32": partial(four_bits, quant_storage=torch.float32),
     "bitsandbytes, 8 bits": eight_bits,
 }
