@@ -39,6 +39,7 @@ def links(page):
 # Lightning builds a leaf by a class that torch is about to remove, and advises more processes.
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # of torch 2.9 itself
 @pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=lambda page: page.name)
 def test_the_examples_run(page, tmp_path, monkeypatch):
     """From top to bottom, in one namespace, in an empty folder."""

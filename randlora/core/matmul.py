@@ -307,7 +307,8 @@ def _allowed(a: Tensor, b: Tensor) -> bool:
 def _compiles(a: Tensor, b: Tensor) -> bool:
     """Whether compiled code computes this by :func:`compiled_mm`, whose derivative is unknown.
 
-    A size that is a symbol counts as large. An export has to run on any processor.
+    A size that is a symbol counts as large. An export has to run on any processor; Dynamo of torch
+    2.9 takes all compiled code for one.
     """
     return (
         torch.compiler.is_dynamo_compiling()

@@ -264,6 +264,10 @@ def test_second_derivatives_go_around_it(asked):
     assert second.abs().max() > 0
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.9."),
+    reason="Dynamo of torch 2.9 takes every compilation for an export, whose products are torch's",
+)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("way", ["weight", "activations"])

@@ -24,5 +24,4 @@ def test_in_two_processes(checks):
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.count(" passed") == 2, done.stdout
+    assert done.returncode == 0, done.stdout  # 5 if there are no tests
