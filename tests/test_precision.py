@@ -1,21 +1,15 @@
 """Gradients in low precision are hardly less exact than those of full fine-tuning."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+
+from tests.support.benchmarks import imported
 
 
 @pytest.fixture(scope="module")
 def precision():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-        patch.setattr(sys, "dont_write_bytecode", True)
-        yield importlib.import_module("precision")
-        for name in ("precision", "step"):
-            patch.delitem(sys.modules, name)
+    with imported("precision") as module:
+        yield module
 
 
 @pytest.mark.parametrize("kind", ["isometric", "dense", "sparse", "very_sparse"])

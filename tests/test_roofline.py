@@ -1,24 +1,19 @@
 """The counts of benchmarks/roofline.py, and the bounds that a change of the kernel has to keep."""
 
-import importlib
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from randlora.core import machine
 from randlora.core.planning import Work, choose, cost
+from tests.support.benchmarks import imported
 
 
 @pytest.fixture(scope="module")
 def roofline():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-        patch.setattr(sys, "dont_write_bytecode", True)
-        yield importlib.import_module("roofline")
-        patch.delitem(sys.modules, "roofline")
+    with imported("roofline") as module:
+        yield module
 
 
 def floor(roofline, method, case):

@@ -5,9 +5,6 @@ that was not interrupted: dropout is on, the data are shuffled and the rate warm
 random state, the optimizer and the schedule all matter.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 import randlora
-from tests.support.pages import ROOT, from_example
+from tests.support.pages import from_example
+from tests.support.processes import run_in_two_processes
 
 transformers = pytest.importorskip("transformers")
 from tests.support import stack  # noqa: E402  it needs transformers
@@ -130,14 +128,7 @@ def test_trainer_trains_a_quantised_model_that_it_evaluates(tmp_path):
 
 def test_two_processes_train_as_one_with_the_joined_batch(tmp_path):
     """In float64: gradients are summed in another order. 1e-9 leaves AdamW room to pass that on."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "--local-addr", "127.0.0.1"]
-    command += ["-m", "tests.support.stack", str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, timeout=300, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run_in_two_processes("tests.support.stack", tmp_path / "two")
     stack.train_together(tmp_path / "one", 1)
     two, one = (
         numbers(randlora.load_adapter(stack.make_model().double(), folder / "adapter.safetensors"))

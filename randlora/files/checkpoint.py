@@ -129,7 +129,7 @@ def save_adapter(
             else:
                 file.write(safetensors().torch.save(tensors, {"randlora": text}))
 
-    write_once(mesh_of(model.parameters()), write)
+    write_once(mesh_of(adapter_state_dict(model, adapter=adapter).values()), write)
 
 
 def read(path: str | os.PathLike[str]) -> AdapterData:

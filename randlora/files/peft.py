@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from randlora.bases.peft_rule import PeftBank
 from randlora.files.adapter_data import AdapterData
+from randlora.files.checkpoint import adapter_state_dict
 from randlora.files.collecting import collect
 from randlora.files.errors import FileError, MismatchError
 from randlora.files.restoring import restore
@@ -370,7 +371,7 @@ def save_adapter(
             whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
             second.write(safetensors().torch.save(whole, {"format": "pt"}))
 
-    write_once(mesh_of(model.parameters()), write)
+    write_once(mesh_of(adapter_state_dict(model, adapter=adapter).values()), write)
 
 
 def _common(index: ModelIndex, data: AdapterData) -> tuple[PeftBank, float, float]:

@@ -62,7 +62,11 @@ def restore(model: ModelT, data: AdapterData, adapter: str, *, check_base: bool)
             changes = prepare_copies(index, adapter, further)
         else:
             updates = _updates(data, index, targets)
-            wide = {targets[n] for n, t in data.numbers.items() if t.dtype == torch.float64}
+            wide = {
+                target
+                for name, target in targets.items()
+                if any(numbers.dtype == torch.float64 for numbers in data.trained(name))
+            }
             changes = prepare(index, adapter, updates, saved_modules, further, wide)
     except TypeError as error:
         raise MismatchError(str(error)) from error

@@ -299,7 +299,7 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
         check_shapes(*factors[:4])
         token = state.checkpoint_token if recorded else 0
         settings = update.settings
-        rest = settings.scaling, self._choice, token
+        rest = settings.scaling, _choice_of(self), token
         if self.training and settings.dropout:
             dropped = F.dropout(input, settings.dropout)
             frozen = F.linear(input, weight, bias)
@@ -323,15 +323,7 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
             self.base_weight.dtype,
             needs_input=needs_input,
         )
-        return choose(work, self._choice)
-
-    @property
-    def _choice(self) -> Choice:
-        """:attr:`choice`, but a weight that FSDP has gathered is not kept."""
-        choice = self.choice
-        if choice.keep_weight is not False and vars(self).get("_is_fsdp_managed_module"):
-            return replace(choice, keep_weight=False)
-        return choice
+        return choose(work, _choice_of(self))
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, Operator]:
         """Return ``A``, shape ``(r, p)``, and ``B``, an operator of shape ``(q, n r)``."""
@@ -352,6 +344,14 @@ class RandLoRALinear(AdaptedModule, nn.Linear):
             f"{super().extra_repr()}, rank={settings.rank}, num_bases={settings.num_bases}, "
             f"scaling={settings.scaling:g}{dropout}{', train_a=True' * settings.train_a}"
         )
+
+
+def _choice_of(layer: RandLoRALinear) -> Choice:
+    """Return the choice of a layer, but a weight that FSDP has gathered is not kept."""
+    choice = layer.choice
+    if choice.keep_weight is not False and vars(layer).get("_is_fsdp_managed_module"):
+        return replace(choice, keep_weight=False)
+    return choice
 
 
 def linear_spec(linear: nn.Linear) -> WeightSpec:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_module
@@ -73,8 +74,11 @@ def test_parallel_layers_cannot_be_adapted(style):
     assert not any("randlora" in name for name in model.state_dict())
 
 
-def test_the_other_layers_of_a_parallel_model_can_be_adapted():
-    """With the same batch in each process, as usual, the adapters get the same gradients."""
+def test_the_other_layers_of_a_parallel_model_can_be_adapted(shared_path):
+    """With the same batch in each process, as usual, the adapters get the same gradients.
+
+    The adapter is whole, so that one process may save it by itself.
+    """
     want, model = Model(hidden=48), Model(hidden=48)  # an even share for each process
     plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
     for block in model.blocks:
@@ -84,6 +88,8 @@ def test_the_other_layers_of_a_parallel_model_can_be_adapted():
     train(want, batches())
     train(model, batches())
     assert close(numbers(model).values(), numbers(want).values())
+    if dist.get_rank() == 0:
+        randlora.save_adapter(model, shared_path / "a.pt")
 
 
 def test_distributed_inputs_are_an_error():

@@ -10,7 +10,7 @@ import torch.distributed as dist
 def pytest_configure(config):
     torch.set_num_threads(1)
     # The time-out ends a process that waits for one that failed.
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     assert dist.get_world_size() == 2
     config.option.tbstyle = "short" if dist.get_rank() == 0 else "line"
 
