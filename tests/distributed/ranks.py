@@ -1,6 +1,9 @@
 """A plugin of pytest for each of the two processes: it connects them before the first test."""
 
+import shutil
+import tempfile
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,11 +23,18 @@ def pytest_unconfigure(config):
 
 
 @pytest.fixture
-def shared_path(tmp_path):
-    """A new folder that both processes use."""
-    paths = [str(tmp_path)]
-    dist.broadcast_object_list(paths)
-    return type(tmp_path)(paths[0])
+def shared_path():
+    """A new folder that both processes use.
+
+    Not ``tmp_path``: for that both would tidy up one folder of pytest's at once, which can fail.
+    """
+    first = dist.get_rank() == 0
+    made = [tempfile.mkdtemp() if first else None]
+    dist.broadcast_object_list(made)
+    yield Path(made[0])
+    dist.barrier()
+    if first:
+        shutil.rmtree(made[0])
 
 
 @pytest.fixture(autouse=True)
