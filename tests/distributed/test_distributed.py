@@ -11,5 +11,6 @@ CHECKS = sorted(Path(__file__).parent.glob("check_*.py"))
 
 @pytest.mark.parametrize("checks", CHECKS, ids=lambda path: path.stem)
 def test_in_two_processes(checks):
-    plugins = "-p", "tests.distributed.ranks", "-p", "no:xdist"
+    # Without a cache, which both would write.
+    plugins = "-p", "tests.distributed.ranks", "-p", "no:xdist", "-p", "no:cacheprovider"
     run_in_two_processes("pytest", "-q", "-x", *plugins, checks)
