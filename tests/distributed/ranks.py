@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support.processes import disconnect
+
 
 def pytest_configure(config):
     torch.set_num_threads(1)
@@ -19,7 +21,7 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure(config):
-    dist.destroy_process_group()
+    disconnect()
 
 
 @pytest.fixture

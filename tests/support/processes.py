@@ -1,9 +1,12 @@
 """Runs a module in two processes that train together, connected by gloo on the loopback."""
 
+import gc
 import os
 import socket
 import subprocess
 import sys
+
+import torch
 
 from tests.support.pages import ROOT
 
@@ -13,6 +16,16 @@ COMMAND = (
     *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
     *("--nproc-per-node", "2", "--local-addr", "127.0.0.1", "-m"),
 )
+
+
+def disconnect():
+    """End the connection of this process.
+
+    Without this, or while a model still holds it, gloo's threads abort some processes at their
+    exit.
+    """
+    gc.collect()
+    torch.distributed.destroy_process_group()
 
 
 def run_in_two_processes(module, *arguments):

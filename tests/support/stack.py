@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, TrainingArgu
 
 import randlora
 from tests.support.pages import ROOT, from_example
+from tests.support.processes import disconnect
 from tests.support.tiny import VOCABULARY, sizes
 
 PAGE = ROOT / "docs" / "training.md"
@@ -85,3 +86,4 @@ def train_together(folder, processes):
 
 if __name__ == "__main__":
     train_together(Path(sys.argv[1]), 2)
+    disconnect()
