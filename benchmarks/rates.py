@@ -11,14 +11,10 @@ grid.
 from __future__ import annotations
 
 import argparse
-import csv
-import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, fields, replace
-from multiprocessing import get_context
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +22,9 @@ import finetune
 import matplotlib as mpl
 import numpy as np
 import torch
+from runs import Row, crossed, perform_all, read
 from tasks import STEPS, TASKS, VARIANTS, Run
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import randlora
 
@@ -49,12 +45,6 @@ LORA_RANKS = {"labels": 16, "glosses": 16, "language": 19}  # as many parameters
 # A rank with a frozen A, and a larger one with which a trained A needs no more parameters.
 A_RANKS = {"labels": (8, 12), "glosses": (8, 12), "language": (9, 12), "digits": (5, 12)}
 CURVE = 30  # points of a curve
-
-
-def crossed(start: Run, **values: Iterable[Any]) -> Iterator[Run]:
-    """Copies of ``start`` with all combinations of these values."""
-    for chosen in itertools.product(*values.values()):
-        yield replace(start, **dict(zip(values, chosen, strict=True)))
 
 
 def grid(name: str, seed: int) -> Iterator[Run]:
@@ -99,45 +89,13 @@ def perform(run: Run, device: torch.device) -> dict[str, Any]:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     points = [f"{part.mean():.3f}" for part in np.array_split(curve, CURVE)] if curve else []
     return {
-        **asdict(run),
         "trained": trained,
         "score": f"{score:.4f}",
         "curve": " ".join(points),
     }
 
 
-Table = dict[Run, dict[str, str]]
-
-
-def read(path: Path) -> Table:
-    """The rows of the file, by run."""
-    if not path.exists():
-        return {}
-    types = {"width": int, "rank": int, "seed": int, "rate": float, "train_a": "True".__eq__}
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = [f.name for f in fields(Run)]
-    return {Run(**{n: types.get(n, str)(row[n]) for n in names}): row for row in rows}
-
-
-def perform_all(wanted: Iterable[Run], options: argparse.Namespace) -> None:
-    """Add the rows that the file lacks."""
-    done = read(options.csv)
-    missing = [run for run in wanted if run not in done]
-    threads = max(1, torch.get_num_threads() // options.jobs)
-    with (
-        options.csv.open("a", newline="") as file,
-        ProcessPoolExecutor(
-            options.jobs, get_context("spawn"), torch.set_num_threads, (threads,)
-        ) as pool,
-    ):
-        writer = csv.DictWriter(file, [*(f.name for f in fields(Run)), *MEASURED])
-        if not done:
-            writer.writeheader()
-        futures = [pool.submit(perform, run, options.device) for run in missing]
-        for future in tqdm(as_completed(futures), total=len(futures), desc="runs"):
-            writer.writerow(future.result())
-            file.flush()
+Table = dict[Run, Row]
 
 
 # --- report --------------------------------------------------------------------------------------
@@ -294,12 +252,14 @@ def main() -> None:
         run for seed in options.seeds for name in options.grids for run in grid(name, seed)
     )
     if wanted:
-        perform_all(wanted, options)
-        print(table(read(options.csv), wanted))
+        rows = perform_all(
+            lambda rows: wanted, Run, perform, MEASURED, options.csv, options.jobs, options.device
+        )
+        print(table(rows, wanted))
     if options.maps:
-        maps(read(options.csv), options.maps)
+        maps(read(options.csv, Run), options.maps)
     if options.curves:
-        curves(read(options.csv), options.curves)
+        curves(read(options.csv, Run), options.curves)
     if options.steps:
         for name, size in first_steps():
             print(f"{name:<30}{size:.4f}")

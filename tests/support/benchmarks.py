@@ -15,6 +15,7 @@ def imported(name):
     before = set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
+        patch.syspath_prepend(ROOT / "benchmarks" / "evidence")
         patch.setattr(sys, "dont_write_bytecode", True)
         yield importlib.import_module(name)
         for new in set(sys.modules) - before:

@@ -1,0 +1,202 @@
+"""How much of a matrix an update can hold, with no model and no training (theorem 4.1, equation 8).
+
+For each target the best fit of each form of the update, at the count of numbers of LoRA of some
+rank: the share of the target's energy that it reaches, ``1 - ‖W - ΔW‖² / ‖W‖²``. Targets are made
+(those of KRAdapter, arXiv 2508.00230), or differences that full fine-tuning made, at the rate that
+``parameters.py`` chose.
+
+    python benchmarks/evidence/fits.py [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import methods
+import torch
+from common import HERE, TASKS, point, results
+from protocol import Run, found
+from torch import Tensor
+from tqdm import tqdm
+
+import randlora
+
+FITS = HERE / "fits.csv"
+COLUMNS = "target", "out", "in", "lora", "form", "size", "count", "share"
+SIDE = 384
+RANKS = (4, 16, 64)  # of LoRA, whose count the forms share
+
+# --- the best fits -------------------------------------------------------------------------------
+
+
+def best_low_rank(target: Tensor, size: int) -> Tensor:
+    """Eckart-Young: the first ``size`` singular triples."""
+    u, s, v = torch.linalg.svd(target, full_matrices=False)
+    return (u[:, :size] * s[:size]) @ v[:size]
+
+
+def best_randlora(target: Tensor, size: int, basis: str, rounds: int = 8) -> Tensor:
+    """Λ and Γ in turns, each by least squares, for the bases of this package and a tall target."""
+    q, p = target.shape
+    n = -(-p // size)
+    bank = randlora.BasisBank(basis)
+    a, b = bank.a(size, p).double(), bank.b(q, n * size).double()
+    lam = torch.ones(n, size, dtype=torch.float64)
+    blocks = b.view(q, n, size)
+    right = b.T @ target
+    gram = b.T @ b
+    for _ in range(rounds):
+        # Γ: for each column of the target, n directions B_j Λ_j A[:, c].
+        directions = torch.einsum("qnr,nr,rc->cqn", blocks, lam, a)
+        gamma = torch.linalg.lstsq(directions, target.T[:, :, None]).solution[:, :, 0].T
+        # Λ: n r directions b_jk (A[k] Γ[j]), from the normal equations.
+        rows = (a[None] * gamma[:, None]).flatten(0, 1)
+        normal, wanted = gram * (rows @ rows.T), (right * rows).sum(1)
+        lam = torch.linalg.lstsq(normal, wanted[:, None], driver="gelsd").solution.view(n, size)
+    return b @ (lam.flatten()[:, None] * rows)
+
+
+def first_components(stack: Tensor) -> Tensor:
+    """The best matrix of rank one for each matrix of a stack."""
+    u, s, v = torch.linalg.svd(stack, full_matrices=False)
+    return (u[..., :, :1] * s[..., :1, None]) @ v[..., :1, :]
+
+
+def best_trained_a(target: Tensor, size: int) -> Tensor:
+    """``A`` and ``Γ`` free, ``B`` orthonormal: each column of ``Bᵀ W`` becomes a rank-one one."""
+    q, p = target.shape
+    n = -(-p // size)
+    b = randlora.BasisBank("isometric").b(q, n * size).double()
+    b = torch.linalg.qr(b)[0]
+    return b @ first_components((b.T @ target).T.reshape(p, n, size)).flatten(1).T
+
+
+def best_kradapter(target: Tensor, size: int) -> Tensor:
+    """A Kronecker product for each column: rank one of the column as a matrix."""
+    q, p = target.shape
+    first, second = methods.KRAdapter.sides(q)
+    columns = torch.zeros(p, first * second, dtype=target.dtype)
+    columns[:, :q] = target.T
+    return first_components(columns.view(p, first, second)).flatten(1)[:, :q].T
+
+
+FORMS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "lora": best_low_rank,
+    "isometric": partial(best_randlora, basis="isometric"),
+    "dense": partial(best_randlora, basis="dense"),
+    "trained A": best_trained_a,
+    "kradapter": best_kradapter,
+}
+
+
+def sizes(form: str, shape: methods.Shape, rank: int) -> int:
+    """The size with the count of LoRA; of a trained ``A``, among those that divide ``p``."""
+    if form != "trained A":
+        return methods.size_for(form, [shape], rank)
+    wanted, p = methods.total("lora", [shape], rank), min(shape)
+    divisors = (size for size in range(1, p + 1) if p % size == 0)
+    return min(divisors, key=lambda r: abs(methods.METHODS[form].count(*shape, r) - wanted))
+
+
+# --- the targets ---------------------------------------------------------------------------------
+
+
+def made() -> Iterator[tuple[str, Tensor]]:
+    """Matrices of 384 × 384 from numbers that are drawn with one seed."""
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, SIDE, SIDE, generator=generator, dtype=torch.float64)
+    noise = draw()
+    yield "Gaussian noise", noise
+    yield "sparse noise, 90 % zeros", draw() * (torch.rand(SIDE, SIDE, generator=generator) < 0.1)
+    u, s, v = torch.linalg.svd(draw())
+    yield "low rank, 96", (u[:, :96] * s[:96]) @ v[:96]
+    yield "whitened noise: an orthogonal matrix", torch.linalg.qr(draw())[0]
+    time = torch.arange(SIDE, dtype=torch.float64) / SIDE
+    frequencies = torch.linspace(1000, 10_000, SIDE, dtype=torch.float64)[:, None]
+    phases = 2 * math.pi * torch.rand(SIDE, 1, generator=generator, dtype=torch.float64)
+    yield "high frequencies", torch.sin(2 * math.pi * frequencies * time + phases)
+
+
+REAL = {  # parts of names of layers, one of which stands for each kind
+    "fashion": ("blocks.1.attn.proj", "blocks.1.mlp.0"),
+    "glosses": ("layer.3.attention.output.dense", "layer.3.intermediate.dense"),
+    "memory": ("layer.3.attention.output.dense", "layer.3.intermediate.dense"),
+}
+
+
+def differences(task: str, rate: float) -> Iterator[tuple[str, Tensor]]:
+    """What full fine-tuning changed, in one seed."""
+    run = Run(task, "full", 0, rate, seed=0)
+    cpu = torch.device("cpu")
+    start = TASKS[task].perform(replace(run, rate=0.0), cpu, 1).model
+    after = TASKS[task].perform(run, cpu, TASKS[task].steps).model
+    for part in REAL[task]:
+        (name,) = (name for name in methods.layers(start) if name.endswith(part))
+        weights = (m.get_submodule(name).weight.detach().double() for m in (after, start))
+        yield f"{TASKS[task].title}: {part}", next(weights) - next(weights)
+
+
+# --- the rows ------------------------------------------------------------------------------------
+
+
+def rows_of(name: str, target: Tensor, ranks: tuple[int, ...]) -> Iterator[dict[str, object]]:
+    """The shares that the forms reach of a target, at each count."""
+    tall = target if target.shape[0] >= target.shape[1] else target.T
+    shape = tuple(tall.shape)
+    for rank in ranks:
+        for form, fit in FORMS.items():
+            size = sizes(form, shape, rank)
+            count = methods.METHODS[form].count(*shape, size)
+            if form == "kradapter" and rank != 16:
+                continue  # it has one count
+            error = (tall - fit(tall, size)).square().sum() / tall.square().sum()
+            yield dict(
+                zip(
+                    COLUMNS,
+                    (name, *target.shape, rank, form, size, count, f"{1 - error.item():.4f}"),
+                    strict=True,
+                )
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--csv", type=Path, default=FITS)
+    parser.add_argument("--quick", action="store_true", help="one target and count, not kept")
+    options = parser.parse_args()
+    if options.quick:
+        for row in rows_of(*next(made()), ranks=(16,)):
+            print(row)
+        return
+    done = set()
+    if options.csv.exists():
+        with options.csv.open(newline="") as file:
+            done = {row["target"] for row in csv.DictReader(file)}
+    rows = results()
+    with options.csv.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if not done:
+            writer.writeheader()
+
+        def add(name: str, target: Tensor) -> None:
+            if name not in done:
+                writer.writerows(rows_of(name, target, RANKS))
+                file.flush()
+
+        for name, target in made():
+            add(name, target)
+        for task in tqdm(REAL, desc="tasks"):
+            chosen = found(rows, point(task, "full"))
+            if chosen and not any(name.startswith(TASKS[task].title) for name in done):
+                for name, target in differences(task, chosen.rate):
+                    add(name, target)
+
+
+if __name__ == "__main__":
+    main()

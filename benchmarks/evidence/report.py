@@ -1,0 +1,395 @@
+"""Every table and figure of this folder's README, from the CSV files.
+
+    python benchmarks/evidence/report.py
+
+writes the tables between the marks of the README, and the figures beside it.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import bases
+import fits
+import landscape
+import matplotlib as mpl
+import methods
+import numpy as np
+import parameters
+import rank
+import shots
+import variants
+from common import HERE, POINTS, TASKS, results
+from protocol import Found, Run, Table, difference, found, interval
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+README = HERE / "README.md"
+TITLES = {name: method.title for name, method in methods.METHODS.items()}
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def points_of(question: object, task: str) -> list[Run]:
+    return [one for one in question.points() if one.task == task]
+
+
+def score(got: Found, column: str = "test") -> str:
+    mean, half = interval(list(got.values(column).values()))
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def signed(one: Found, other: Found) -> str:
+    """A difference with its 95 % interval, bold if the interval excludes 0."""
+    mean, half = difference(one, other)
+    text = f"{mean:+.3f} ± {half:.3f}"
+    return f"**{text}**" if abs(mean) > half else text
+
+
+def trained(got: Found) -> int:
+    return int(next(iter(got.rows.values()))["trained"])
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def parameter_table(rows: Table, task: str) -> str:
+    """All methods on a task, the best first, and how far each is from LoRA of the same count."""
+    gots = [got for one in points_of(parameters, task) if (got := found(rows, one))]
+    base = next((g for g in gots if g.point == parameters.reference(task)), None)
+    lines = []
+    for got in sorted(gots, key=lambda got: -got.mean()):
+        name = TITLES[got.point.method]
+        less = "" if base is None or got is base else signed(got, base)
+        lines.append(
+            (
+                name,
+                f"{trained(got):,}",
+                f"{got.rate:g}",
+                score(got),
+                less,
+                f"{got.mean('kept'):.3f}",
+            )
+        )
+    head = "method", "trained", "rate", "test", "less LoRA of the first count", "kept"
+    return markdown(head, lines)
+
+
+def budget_table(rows: Table) -> str:
+    """RandLoRA beside LoRA at each count."""
+    lines = []
+    for task in TASKS:
+        for count in parameters.counts(task):
+            pair = [found(rows, parameters.point(task, m, count)) for m in ("isometric", "lora")]
+            if all(pair):
+                ours, lora = pair
+                lines.append(
+                    (
+                        TASKS[task].title,
+                        f"{lora.point.size}, {ours.point.size}",
+                        f"{trained(lora):,}, {trained(ours):,}",
+                        score(lora),
+                        score(ours),
+                        signed(ours, lora),
+                    )
+                )
+    head = "task", "ranks: LoRA, RandLoRA", "trained", "LoRA", "RandLoRA, isometric", "difference"
+    return markdown(head, lines)
+
+
+def question_table(question: object, names: Sequence[str], rows: Table, base: str) -> str:
+    """Methods by tasks, and in each task the difference from one of them."""
+    tasks = list(dict.fromkeys(one.task for one in question.points()))
+    cells: dict[str, list[str]] = {name: [] for name in names}
+    for task in tasks:
+        gots = {one.method: found(rows, one) for one in points_of(question, task)}
+        for name in names:
+            got, other = gots.get(name), gots.get(base)
+            text = score(got) if got else ""
+            if got and other and name != base:
+                text += f" ({signed(got, other)})"
+            cells[name].append(text)
+    head = "", *(TASKS[task].title for task in tasks)
+    return markdown(head, [(TITLES[name], *cells[name]) for name in names])
+
+
+def steps_table(rows: Table) -> str:
+    """The share of the training after which a batch is known to 90 %, with one new batch a step."""
+    lines = []
+    for task in ("memory", "recall"):
+        for one in points_of(parameters, task):
+            got = found(rows, one)
+            if not got:
+                continue
+            curves = [np.array(row["curve"].split(), float) for row in got.rows.values()]
+            steps = TASKS[task].steps
+            reached = [np.flatnonzero(curve >= 0.9) for curve in curves]
+            count = sum(len(places) > 0 for places in reached)
+            if count:
+                first = statistics.median(
+                    (places[0] + 1) * steps / POINTS if len(places) else np.inf
+                    for places in reached
+                )
+                when = f"{first:.0f}" if np.isfinite(first) else ""
+                lines.append(
+                    (
+                        TASKS[task].title,
+                        TITLES[one.method],
+                        f"{trained(got):,}",
+                        when,
+                        f"{count} of {len(curves)}",
+                    )
+                )
+    head = "task", "method", "trained", "steps to 90 %, median", "seeds that reach it"
+    return markdown(head, lines)
+
+
+def fit_table() -> str:
+    """The share of the energy that each form reaches at the count of LoRA 16."""
+    found_rows = [row for row in read_csv(fits.FITS) if row["lora"] == "16"]
+    lines = []
+    for target in dict.fromkeys(row["target"] for row in found_rows):
+        of_target = {row["form"]: row for row in found_rows if row["target"] == target}
+        first = next(iter(of_target.values()))
+        shares = (of_target[form]["share"] if form in of_target else "" for form in fits.FORMS)
+        lines.append((target, f"{first['out']} × {first['in']}", *(s[:5] for s in shares)))
+    return markdown(("target", "size", *(TITLES[form] for form in fits.FORMS)), lines)
+
+
+def alignment_table() -> str:
+    """Per task and method: CKA with the fine-tuned model, of all layers and of the last four."""
+    lines, found_rows = [], read_csv(landscape.CKA)
+    for task in dict.fromkeys(row["task"] for row in found_rows):
+        for way in ("start", "lora", "isometric", "full"):
+            of_way = [r for r in found_rows if (r["task"], r["method"]) == (task, way)]
+            if not of_way:
+                continue
+            names = list(dict.fromkeys(row["layer"] for row in of_way))
+            columns = {
+                name: [float(row[name]) for row in of_way]
+                for name in ("cka", "spectral", "frobenius")
+            }
+            last = [float(row["cka"]) for row in of_way if row["layer"] in names[-4:]]
+            lines.append(
+                (
+                    TASKS[task].title,
+                    {"start": "before", **TITLES}[way],
+                    f"{statistics.fmean(columns['cka']):.3f}",
+                    f"{statistics.fmean(last):.3f}",
+                    f"{statistics.fmean(columns['spectral']):.2f}",
+                    f"{statistics.fmean(columns['frobenius']):.2f}",
+                )
+            )
+    head = "task", "model", "CKA", "of the last four layers", "ΔW, spectral", "ΔW, Frobenius"
+    return markdown(head, lines)
+
+
+def shots_table(rows: Table, task: str) -> str:
+    names = list(dict.fromkeys(one.method for one in points_of(shots, task)))
+    lines = []
+    for count in shots.SHOTS:
+        gots = {n: found(rows, replace(shots.point(task, n), shots=count)) for n in names}
+        if all(gots.values()):
+            lines.append(
+                (
+                    count or "all",
+                    *(score(gots[name]) for name in names),
+                    signed(gots["isometric"], gots["lora"]),
+                )
+            )
+    head = "examples of a class", *(TITLES[name] for name in names), "RandLoRA less LoRA"
+    return markdown(head, lines)
+
+
+TABLES: dict[str, Callable[[Table], str]] = {
+    **{f"parameters: {task}": lambda rows, t=task: parameter_table(rows, t) for task in TASKS},
+    "budgets": budget_table,
+    "steps": steps_table,
+    "rank": lambda rows: question_table(rank, rank.METHODS, rows, "lora"),
+    "bases": lambda rows: question_table(bases, bases.KINDS, rows, "dense"),
+    "variants": lambda rows: question_table(variants, variants.FORMS, rows, "isometric"),
+    "fits": lambda rows: fit_table(),
+    "alignment": lambda rows: alignment_table(),
+    "shots: fashion": lambda rows: shots_table(rows, "fashion"),
+    "shots: glosses": lambda rows: shots_table(rows, "glosses"),
+}
+
+
+def filled(text: str) -> str:
+    """The README with each table between its marks, ``<!-- name -->`` and ``<!-- end -->``."""
+    rows = results()
+
+    def fill(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]} -->\n\n{TABLES[match[1]](rows)}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- (?!end)([^>]+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+LINES = {"lora": ("C1", "o"), "isometric": ("C0", "s")}
+
+
+def parameter_figure(rows: Table, path: Path) -> None:
+    """Score over trained parameters, a panel for each task."""
+    shown = {
+        task: [g for one in points_of(parameters, task) if (g := found(rows, one))]
+        for task in TASKS
+    }
+    shown = {task: gots for task, gots in shown.items() if len(gots) > 3}
+    columns = min(4, len(shown))
+    lines = -(-len(shown) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4.2 * columns, 3.6 * lines), layout="constrained", squeeze=False
+    )
+    names = list(methods.METHODS)
+    for panel, (task, gots) in zip(axes.flat, shown.items(), strict=False):
+        for method, (color, marker) in LINES.items():
+            of_method = sorted(
+                (g for g in gots if g.point.method == method), key=lambda g: trained(g)
+            )
+            if of_method:
+                found_scores = np.array([interval(list(g.values().values())) for g in of_method])
+                panel.errorbar(
+                    [trained(g) for g in of_method],
+                    *found_scores.T,
+                    color=color,
+                    marker=marker,
+                    capsize=3,
+                    label=TITLES[method],
+                )
+        for got in gots:
+            if got.point.method not in LINES:
+                place = names.index(got.point.method)
+                panel.plot(
+                    trained(got),
+                    got.mean(),
+                    linestyle="",
+                    marker="v^<>dPX*phD"[place % 11],
+                    color=f"C{2 + place % 8}",
+                    label=TITLES[got.point.method],
+                )
+        panel.set(xscale="log", title=TASKS[task].title, xlabel="trained parameters")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=6)
+    for panel in axes.flat[len(shown) :]:
+        panel.axis("off")
+    figure.savefig(path, dpi=110)
+
+
+def curve_figure(rows: Table, path: Path) -> None:
+    """How the two tasks of memory are learned: mean and range of the seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    styles = {"full": "C2", "isometric": "C0", "lora": "C1"}
+    for panel, task in zip(axes, ("memory", "recall"), strict=True):
+        counts = parameters.counts(task)
+        for one in points_of(parameters, task):
+            got = found(rows, one)
+            if not got or one.method not in styles:
+                continue
+            curves = [row["curve"].split() for row in got.rows.values()]
+            curves = 100 * np.array(curves, float)
+            steps = (np.arange(curves.shape[1]) + 0.5) * TASKS[task].steps / curves.shape[1]
+            sizes = [parameters.point(task, one.method, count).size for count in counts]
+            style = ("-", "--", ":")[sizes.index(one.size)] if one.method != "full" else "-"
+            label = f"{TITLES[one.method]}, {trained(got) / 1e6:.2f} M"
+            panel.plot(steps, curves.mean(0), style, color=styles[one.method], label=label)
+            panel.fill_between(
+                steps, curves.min(0), curves.max(0), color=styles[one.method], alpha=0.12
+            )
+        panel.set(title=TASKS[task].title, xlabel="step", ylabel="known (%)", ylim=(0, 100))
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def landscape_figure(rows: Table, path: Path) -> None:
+    """CKA by layer, and the loss over the plane, a row for each task."""
+    found_rows, planes = read_csv(landscape.CKA), read_csv(landscape.PLANE)
+    tasks = list(dict.fromkeys(row["task"] for row in found_rows))
+    if not tasks:
+        return
+    figure, axes = plt.subplots(
+        len(tasks), 2, figsize=(10, 3.6 * len(tasks)), layout="constrained", squeeze=False
+    )
+    for (left, right), task in zip(axes, tasks, strict=True):
+        for way, color in {"start": "C7", "lora": "C1", "isometric": "C0"}.items():
+            of_way = [r for r in found_rows if (r["task"], r["method"]) == (task, way)]
+            names = list(dict.fromkeys(row["layer"] for row in of_way))
+            mean = [
+                statistics.fmean(float(r["cka"]) for r in of_way if r["layer"] == name)
+                for name in names
+            ]
+            label = {"start": "before", **TITLES}[way]
+            left.plot(range(1, len(mean) + 1), mean, ".-", color=color, label=label)
+        left.set(title=f"{TASKS[task].title}: CKA with the fine-tuned model", xlabel="layer")
+        left.legend(fontsize=7)
+        left.grid(alpha=0.3)
+        points = [
+            tuple(float(r[n]) for n in ("x", "y", "loss")) for r in planes if r["task"] == task
+        ]
+        if points:
+            x, y, loss = np.array(points).T
+            levels = np.linspace(loss.min(), min(loss.max(), loss.min() + 4), 25)
+            drawn = right.tricontourf(x, y, loss, levels=levels, extend="max")
+            figure.colorbar(drawn, ax=right, label="training loss")
+            places = {"LoRA": (0, 0), "RandLoRA": (1, 0), "fine-tuned": (0.5, 1)}
+            for name, place in places.items():
+                right.plot(*place, "wo", markeredgecolor="black")
+                right.annotate(
+                    name, place, color="white", xytext=(4, 4), textcoords="offset points"
+                )
+            right.set(title=f"{TASKS[task].title}: the plane of weights, seed 0")
+    figure.savefig(path, dpi=110)
+
+
+def shots_figure(rows: Table, path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for panel, task in zip(axes, ("fashion", "glosses"), strict=True):
+        for method, color in {"head": "C7", "lora": "C1", "isometric": "C0", "full": "C2"}.items():
+            gots = [found(rows, replace(shots.point(task, method), shots=s)) for s in shots.SHOTS]
+            shown = [(place, got) for place, got in enumerate(gots) if got]
+            if shown:
+                places, gots = zip(*shown, strict=True)
+                scores = np.array([interval(list(got.values().values())) for got in gots]).T
+                panel.errorbar(places, *scores, color=color, marker="o", label=TITLES[method])
+        panel.set_xticks(range(len(shots.SHOTS)), [s or "all" for s in shots.SHOTS])
+        panel.set(title=TASKS[task].title, xlabel="examples of a class", ylabel="accuracy")
+        panel.legend(fontsize=7)
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+FIGURES: dict[str, Callable[[Table, Path], None]] = {
+    "parameters.png": parameter_figure,
+    "curves.png": curve_figure,
+    "landscape.png": landscape_figure,
+    "shots.png": shots_figure,
+}
+
+
+def main() -> None:
+    README.write_text(filled(README.read_text()))
+    rows = results()
+    for name, draw in FIGURES.items():
+        draw(rows, HERE / name)
+
+
+if __name__ == "__main__":
+    main()

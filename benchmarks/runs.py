@@ -1,0 +1,82 @@
+"""Runs that are rows of a CSV file: what the file has is not computed again.
+
+A run is a frozen dataclass. Its fields identify a row, further columns hold what was measured.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, fields, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+from tqdm import tqdm
+
+R = TypeVar("R")
+Row = dict[str, str]
+
+
+def crossed(start: R, **values: Iterable[Any]) -> Iterator[R]:
+    """Copies of ``start`` with all combinations of these values."""
+    for chosen in itertools.product(*values.values()):
+        yield replace(start, **dict(zip(values, chosen, strict=True)))
+
+
+def read(path: Path, kind: type[R]) -> dict[R, Row]:
+    """The rows of the file, by run. A field for which the file has no column has its default."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    types = {**get_type_hints(kind)}
+    convert = {name: types[name] if types[name] is not bool else "True".__eq__ for name in types}
+    names = [f.name for f in fields(kind) if rows and f.name in rows[0]]
+    return {kind(**{name: convert[name](row[name]) for name in names}): row for row in rows}
+
+
+def perform_all(
+    lacking: Callable[[dict[R, Row]], Iterable[R]],
+    kind: type[R],
+    perform: Callable[[R, torch.device], dict[str, Any]],
+    measured: Sequence[str],
+    path: Path,
+    jobs: int = 1,
+    device: torch.device | str = "cpu",
+) -> dict[R, Row]:
+    """Add the rows that are lacking, ``jobs`` of them at a time, and return all rows.
+
+    ``lacking`` is asked again after each run: what it wants may depend on the rows so far.
+    """
+    rows = read(path, kind)
+    threads = max(1, torch.get_num_threads() // jobs)
+    names = [f.name for f in fields(kind)]
+    futures: dict[Future[dict[str, Any]], R] = {}
+    submitted: set[R] = set()
+    with (
+        path.open("a", newline="") as file,
+        ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool,
+        tqdm(desc="runs", total=0, smoothing=0) as bar,
+    ):
+        writer = csv.DictWriter(file, [*names, *measured])
+        if not rows:
+            writer.writeheader()
+        while True:
+            for run in lacking(rows):
+                if run not in submitted and run not in rows:
+                    submitted.add(run)
+                    futures[pool.submit(perform, run, torch.device(device))] = run
+                    bar.total += 1
+            if not futures:
+                return rows
+            for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                run = futures.pop(future)
+                row = {**asdict(run), **future.result()}
+                writer.writerow(row)
+                file.flush()
+                rows[run] = {name: str(value) for name, value in row.items()}
+                bar.update()

@@ -1,0 +1,135 @@
+"""The evidence is gathered as it says: equal counts, equal starts, rates chosen on a seed apart."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import nn
+
+from tests.support.benchmarks import imported
+
+with imported("methods") as methods, imported("protocol") as protocol, imported("runs") as runs:
+    pass
+
+SHAPES = [(24, 40), (40, 24), (24, 24)]  # as in a transformer: wide, tall, square
+NAMES = [name for name in methods.METHODS if name not in ("head", "prompt")]
+
+
+def chain():
+    """Linear layers of these shapes, and a head."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 24), nn.Tanh(), nn.Linear(24, 40), nn.Tanh())
+    model.append(nn.Linear(40, 24)).append(nn.Linear(24, 24))
+    model.add_module("head", nn.Linear(24, 3))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_trains_what_it_says_and_starts_at_the_model(name):
+    model = chain()
+    x = torch.randn(5, 40)
+    with torch.no_grad():
+        before = model(x)
+    shapes = list(methods.layers(model).values())
+    size = methods.size_for(name, shapes, rank=6)
+    methods.adapt(model, name, size, seed=1)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in parameters) == methods.total(name, shapes, size)
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)  # W0 + 0, in another order
+    model(x).square().sum().backward()
+    assert any(p.grad.abs().max() > 0 for p in parameters)
+
+
+SIZED = [n for n in NAMES if methods.METHODS[n].fixed is None]
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"), [("isometric", 4), *((n, rank) for n in SIZED for rank in (16, 64))]
+)
+def test_sizes_give_the_count_of_lora_to_a_twentieth(name, rank):
+    """For the layers of MiniLM, at the counts that are compared."""
+    shapes = [(384, 384)] * 4 + [(1536, 384), (384, 1536)]
+    count = methods.total(name, shapes, methods.size_for(name, shapes, rank))
+    assert count == pytest.approx(methods.total("lora", shapes, rank), rel=0.05)
+
+
+class Rows(dict):
+    """Rows of runs, as if they had been performed."""
+
+    def add(self, run, validation, test=0.0):
+        self[run] = {"validation": str(validation), "test": str(test)}
+
+
+POINT = protocol.Run("task", "lora", 4, 0.0)
+
+
+def add_pilots(rows, scores):
+    for rate, score in scores.items():
+        rows.add(replace(POINT, rate=rate, seed=protocol.PILOT), score)
+
+
+@pytest.mark.parametrize(
+    ("scores", "rates", "seeds"),
+    [
+        ({}, protocol.RATES, {protocol.PILOT}),
+        ({3e-4: 0.1, 1e-3: 0.2}, (3e-3, 1e-2), {protocol.PILOT}),
+        ({3e-4: 0.1, 1e-3: 0.2, 3e-3: 0.3, 1e-2: 0.4}, (3e-2,), {protocol.PILOT}),
+        ({3e-4: 0.4, 1e-3: 0.2, 3e-3: 0.3, 1e-2: 0.1}, (1e-4,), {protocol.PILOT}),
+        ({3e-4: 0.1, 1e-3: 0.4, 3e-3: 0.3, 1e-2: math.nan}, (1e-3,), {0, 1}),
+        ({3e-4: 0.1, 1e-3: 0.2, 3e-3: 0.3, 1e-2: 0.4, 3e-2: 0.1}, (1e-2,), {0, 1}),
+    ],
+    ids=["none", "some missing", "largest best", "least best", "inside", "extended"],
+)
+def test_a_rate_is_chosen_on_a_seed_of_its_own_and_within_the_grid(scores, rates, seeds):
+    rows = Rows()
+    add_pilots(rows, scores)
+    lacking = protocol.next_runs(rows, POINT, range(2))
+    assert {run.rate for run in lacking} == set(rates)
+    assert {run.seed for run in lacking} == seeds
+
+
+def test_what_is_reported_is_the_test_of_the_other_seeds():
+    rows = Rows()
+    add_pilots(rows, {3e-4: 0.1, 1e-3: 0.4, 3e-3: 0.3, 1e-2: 0.2})
+    for rate in (1e-3, 3e-3):
+        for seed in range(2):
+            rows.add(replace(POINT, rate=rate, seed=seed), 0.9, test=rate + seed)
+    assert protocol.next_runs(rows, POINT, range(2)) == []
+    found = protocol.found(rows, POINT)
+    assert found.rate == 1e-3
+    assert found.values() == {0: 1e-3, 1: 1e-3 + 1}
+
+
+def test_an_interval_is_students():
+    """Of 1, 2, 3, 4, 5: mean 3, error √(2.5 / 5), quantile 2.776 for 4 degrees of freedom."""
+    mean, half = protocol.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3.0
+    assert half == pytest.approx(2.776 * math.sqrt(0.5))
+
+
+@dataclass(frozen=True)
+class Small:
+    """A run that a process of its own can unpickle."""
+
+    size: int = 1
+    exact: bool = False
+
+
+def square(run, device):
+    return {"square": run.size**2}
+
+
+def test_runs_go_on_where_they_stopped(tmp_path):
+    path = tmp_path / "rows.csv"
+    wanted = [Small(1), Small(2), Small(2, exact=True)]
+
+    def perform(count):
+        return runs.perform_all(lambda rows: wanted[:count], Small, square, ["square"], path)
+
+    assert len(perform(2)) == 2
+    assert len(perform(3)) == 3
+    rows = runs.read(path, Small)
+    assert [rows[run]["square"] for run in wanted] == ["1", "4", "4"]
+    assert len(path.read_text().splitlines()) == 4  # a header, and each run once
