@@ -161,8 +161,9 @@ class Synset(NamedTuple):
     example: str
 
 
-def read_synsets(seed: int) -> list[Synset]:
-    """All synsets of WordNet, in random order."""
+@lru_cache(maxsize=1)
+def all_synsets() -> list[Synset]:
+    """All synsets of WordNet, in its own order."""
     folder, found = Path(os.environ.get("WORDNET", "/usr/share/wordnet")), []
     for part in ("noun", "verb", "adj", "adv"):
         for line in (folder / f"data.{part}").read_text("latin1").splitlines():
@@ -173,6 +174,12 @@ def read_synsets(seed: int) -> list[Synset]:
                 definition = gloss.split(";")[0].split('"')[0].strip()
                 example = gloss.split('"')[1].strip() if gloss.count('"') > 1 else ""
                 found.append(Synset(definition, int(file), words, example))
+    return found
+
+
+def read_synsets(seed: int) -> list[Synset]:
+    """All synsets of WordNet, in random order."""
+    found = all_synsets()
     return [found[place] for place in np.random.default_rng(seed).permutation(len(found))]
 
 

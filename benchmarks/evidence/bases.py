@@ -23,7 +23,7 @@ KINDS = (
 
 
 def points() -> Iterator[Run]:
-    for task in ("digits", "fashion", "memory"):
+    for task in ("digits", "fashion"):
         for kind in KINDS:
             yield point(task, kind)
 

@@ -1,17 +1,18 @@
 """Every table and figure of this folder's README, from the CSV files.
 
-    python benchmarks/evidence/report.py
+    python benchmarks/evidence/report.py [--check]
 
-writes the tables between the marks of the README, and the figures beside it.
+writes the tables between the marks of the README, and the figures beside it. With ``--check`` it
+writes nothing, and fails if a table is not what the files give.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import bases
@@ -24,7 +25,7 @@ import parameters
 import rank
 import shots
 import variants
-from common import HERE, POINTS, TASKS, results
+from common import HERE, TASKS, results
 from protocol import Found, Run, Table, difference, found, interval
 
 mpl.use("Agg")
@@ -130,33 +131,24 @@ def question_table(question: object, names: Sequence[str], rows: Table, base: st
 
 
 def steps_table(rows: Table) -> str:
-    """The share of the training after which a batch is known to 90 %, with one new batch a step."""
+    """After how many steps a batch is known to a half and to nine tenths, before its own step."""
     lines = []
     for task in ("memory", "recall"):
         for one in points_of(parameters, task):
-            got = found(rows, one)
-            if not got:
-                continue
-            curves = [np.array(row["curve"].split(), float) for row in got.rows.values()]
-            steps = TASKS[task].steps
-            reached = [np.flatnonzero(curve >= 0.9) for curve in curves]
-            count = sum(len(places) > 0 for places in reached)
-            if count:
-                first = statistics.median(
-                    (places[0] + 1) * steps / POINTS if len(places) else np.inf
-                    for places in reached
-                )
-                when = f"{first:.0f}" if np.isfinite(first) else ""
-                lines.append(
-                    (
-                        TASKS[task].title,
-                        TITLES[one.method],
-                        f"{trained(got):,}",
-                        when,
-                        f"{count} of {len(curves)}",
+            if got := found(rows, one):
+                curves = np.array([row["curve"].split() for row in got.rows.values()], float)
+                cells = []
+                for share in (0.5, 0.9):
+                    reached = curves.max(1) >= share
+                    first = (curves >= share).argmax(1)[reached] + 1
+                    steps = TASKS[task].steps / curves.shape[1]
+                    when = f"{np.median(first) * steps:.0f}" if reached.all() else ""
+                    cells += [when, f"{reached.sum()} of {len(reached)}"]
+                if any(cells[::2]) or cells[1][0] != "0":
+                    lines.append(
+                        (TASKS[task].title, TITLES[one.method], f"{trained(got):,}", *cells)
                     )
-                )
-    head = "task", "method", "trained", "steps to 90 %, median", "seeds that reach it"
+    head = "task", "method", "trained", "steps to 50 %", "seeds", "steps to 90 %", "seeds"
     return markdown(head, lines)
 
 
@@ -201,10 +193,9 @@ def alignment_table() -> str:
 
 
 def shots_table(rows: Table, task: str) -> str:
-    names = list(dict.fromkeys(one.method for one in points_of(shots, task)))
-    lines = []
+    names, lines = shots.NAMES, []
     for count in shots.SHOTS:
-        gots = {n: found(rows, replace(shots.point(task, n), shots=count)) for n in names}
+        gots = {name: found(rows, shots.case(task, name, count)) for name in names}
         if all(gots.values()):
             lines.append(
                 (
@@ -253,6 +244,8 @@ def parameter_figure(rows: Table, path: Path) -> None:
         for task in TASKS
     }
     shown = {task: gots for task, gots in shown.items() if len(gots) > 3}
+    if not shown:
+        return
     columns = min(4, len(shown))
     lines = -(-len(shown) // columns)
     figure, axes = plt.subplots(
@@ -295,24 +288,32 @@ def parameter_figure(rows: Table, path: Path) -> None:
 
 def curve_figure(rows: Table, path: Path) -> None:
     """How the two tasks of memory are learned: mean and range of the seeds."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     styles = {"full": "C2", "isometric": "C0", "lora": "C1"}
-    for panel, task in zip(axes, ("memory", "recall"), strict=True):
+    shown = {
+        task: [
+            got
+            for one in points_of(parameters, task)
+            if one.method in styles and (got := found(rows, one))
+        ]
+        for task in ("memory", "recall")
+    }
+    shown = {task: gots for task, gots in shown.items() if gots}
+    if not shown:
+        return
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(5.4 * len(shown), 3.8), layout="constrained", squeeze=False
+    )
+    for panel, (task, gots) in zip(axes.flat, shown.items(), strict=True):
         counts = parameters.counts(task)
-        for one in points_of(parameters, task):
-            got = found(rows, one)
-            if not got or one.method not in styles:
-                continue
-            curves = [row["curve"].split() for row in got.rows.values()]
-            curves = 100 * np.array(curves, float)
+        for got in gots:
+            method = got.point.method
+            curves = 100 * np.array([row["curve"].split() for row in got.rows.values()], float)
             steps = (np.arange(curves.shape[1]) + 0.5) * TASKS[task].steps / curves.shape[1]
-            sizes = [parameters.point(task, one.method, count).size for count in counts]
-            style = ("-", "--", ":")[sizes.index(one.size)] if one.method != "full" else "-"
-            label = f"{TITLES[one.method]}, {trained(got) / 1e6:.2f} M"
-            panel.plot(steps, curves.mean(0), style, color=styles[one.method], label=label)
-            panel.fill_between(
-                steps, curves.min(0), curves.max(0), color=styles[one.method], alpha=0.12
-            )
+            sizes = [parameters.point(task, method, count).size for count in counts]
+            style = ("-", "--", ":")[sizes.index(got.point.size)]
+            label = f"{TITLES[method]}, {trained(got) / 1e6:.2f} M"
+            panel.plot(steps, curves.mean(0), style, color=styles[method], label=label)
+            panel.fill_between(steps, curves.min(0), curves.max(0), color=styles[method], alpha=0.1)
         panel.set(title=TASKS[task].title, xlabel="step", ylabel="known (%)", ylim=(0, 100))
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
@@ -361,9 +362,9 @@ def landscape_figure(rows: Table, path: Path) -> None:
 
 def shots_figure(rows: Table, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for panel, task in zip(axes, ("fashion", "glosses"), strict=True):
+    for panel, task in zip(axes, shots.TASKS, strict=True):
         for method, color in {"head": "C7", "lora": "C1", "isometric": "C0", "full": "C2"}.items():
-            gots = [found(rows, replace(shots.point(task, method), shots=s)) for s in shots.SHOTS]
+            gots = [found(rows, shots.case(task, method, count)) for count in shots.SHOTS]
             shown = [(place, got) for place, got in enumerate(gots) if got]
             if shown:
                 places, gots = zip(*shown, strict=True)
@@ -385,7 +386,15 @@ FIGURES: dict[str, Callable[[Table, Path], None]] = {
 
 
 def main() -> None:
-    README.write_text(filled(README.read_text()))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
+    options = parser.parse_args()
+    text = README.read_text()
+    if options.check:
+        if filled(text) != text:
+            raise SystemExit(f"the tables of {README.name} are old: run report.py")
+        return
+    README.write_text(filled(text))
     rows = results()
     for name, draw in FIGURES.items():
         draw(rows, HERE / name)
