@@ -63,43 +63,49 @@ class Rows(dict):
 
 
 POINT = protocol.Run("task", "lora", 4, 0.0)
+FIRST, SECOND = protocol.PILOTS
+COARSE = {3e-4: 0.1, 1e-3: 0.4, 3e-3: 0.3, 1e-2: math.nan}
+HALVES = {5e-4: 0.3, 2e-3: 0.5}
 
 
-def add_pilots(rows, scores):
-    for rate, score in scores.items():
-        rows.add(replace(POINT, rate=rate, seed=protocol.PILOT), score)
+def piloted(first, second=None):
+    rows = Rows()
+    for seed, scores in ((FIRST, first), (SECOND, second or {})):
+        for rate, score in scores.items():
+            rows.add(replace(POINT, rate=rate, seed=seed), score)
+    return rows
 
 
 @pytest.mark.parametrize(
-    ("scores", "rates", "seeds"),
+    ("first", "second", "lacking"),
     [
-        ({}, protocol.RATES, {protocol.PILOT}),
-        ({3e-4: 0.1, 1e-3: 0.2}, (3e-3, 1e-2), {protocol.PILOT}),
-        ({3e-4: 0.1, 1e-3: 0.2, 3e-3: 0.3, 1e-2: 0.4}, (3e-2,), {protocol.PILOT}),
-        ({3e-4: 0.4, 1e-3: 0.2, 3e-3: 0.3, 1e-2: 0.1}, (1e-4,), {protocol.PILOT}),
-        ({3e-4: 0.1, 1e-3: 0.4, 3e-3: 0.3, 1e-2: math.nan}, (1e-3,), {0, 1}),
-        ({3e-4: 0.1, 1e-3: 0.2, 3e-3: 0.3, 1e-2: 0.4, 3e-2: 0.1}, (1e-2,), {0, 1}),
+        ({}, {}, {(rate, FIRST) for rate in protocol.RATES}),
+        ({3e-4: 0.1, 1e-3: 0.2}, {}, {(3e-3, FIRST), (1e-2, FIRST)}),
+        ({3e-4: 0.1, 1e-3: 0.2, 3e-3: 0.3, 1e-2: 0.4}, {}, {(3e-2, FIRST)}),
+        ({3e-4: 0.4, 1e-3: 0.2, 3e-3: 0.3, 1e-2: 0.1}, {}, {(1e-4, FIRST)}),
+        # What has learned nothing has its best anywhere.
+        ({3e-4: 0.01, 1e-3: 0.02, 3e-3: 0.01, 1e-2: 0.0}, {}, {(1e-4, FIRST), (3e-2, FIRST)}),
+        (COARSE, {}, {(5e-4, FIRST), (2e-3, FIRST)}),
+        (COARSE | HALVES, {}, {(1e-3, SECOND), (2e-3, SECOND), (3e-3, SECOND)}),
     ],
-    ids=["none", "some missing", "largest best", "least best", "inside", "extended"],
+    ids=["none", "some", "largest best", "least best", "nothing learned", "inside", "halves"],
 )
-def test_a_rate_is_chosen_on_a_seed_of_its_own_and_within_the_grid(scores, rates, seeds):
-    rows = Rows()
-    add_pilots(rows, scores)
-    lacking = protocol.next_runs(rows, POINT, range(2))
-    assert {run.rate for run in lacking} == set(rates)
-    assert {run.seed for run in lacking} == seeds
+def test_pilots_surround_the_best_rate(first, second, lacking):
+    missing, rate = protocol.choose(piloted(first, second), POINT, floor=0.05)
+    assert rate is None
+    assert {(run.rate, run.seed) for run in missing} == lacking
 
 
-def test_what_is_reported_is_the_test_of_the_other_seeds():
-    rows = Rows()
-    add_pilots(rows, {3e-4: 0.1, 1e-3: 0.4, 3e-3: 0.3, 1e-2: 0.2})
-    for rate in (1e-3, 3e-3):
-        for seed in range(2):
-            rows.add(replace(POINT, rate=rate, seed=seed), 0.9, test=rate + seed)
-    assert protocol.next_runs(rows, POINT, range(2)) == []
-    found = protocol.found(rows, POINT)
+def test_the_rate_is_the_best_of_two_seeds_and_the_others_are_reported():
+    rows = piloted(COARSE | HALVES, {1e-3: 0.4, 2e-3: 0.0, 3e-3: 0.1})  # the best one collapses
+    assert protocol.choose(rows, POINT) == ([], 1e-3)
+    assert protocol.found(rows, POINT, range(2)) is None
+    for seed in range(2):
+        rows.add(replace(POINT, rate=1e-3, seed=seed), 0.9, test=seed)
+        rows.add(replace(POINT, rate=2e-3, seed=seed), 0.9, test=10.0)
+    found = protocol.found(rows, POINT, range(2))
     assert found.rate == 1e-3
-    assert found.values() == {0: 1e-3, 1: 1e-3 + 1}
+    assert found.values() == {0: 0, 1: 1}
 
 
 def test_an_interval_is_students():
@@ -107,6 +113,7 @@ def test_an_interval_is_students():
     mean, half = protocol.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3.0
     assert half == pytest.approx(2.776 * math.sqrt(0.5))
+    assert all(map(math.isnan, protocol.interval([1.0, math.nan])))
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,8 @@ class Small:
 
 
 def square(run, device):
+    if run.size < 0:
+        raise ValueError(run.size)
     return {"square": run.size**2}
 
 
@@ -133,3 +142,19 @@ def test_runs_go_on_where_they_stopped(tmp_path):
     rows = runs.read(path, Small)
     assert [rows[run]["square"] for run in wanted] == ["1", "4", "4"]
     assert len(path.read_text().splitlines()) == 4  # a header, and each run once
+
+
+def test_a_run_that_fails_does_not_stop_the_others_and_a_cut_line_is_written_anew(tmp_path):
+    path = tmp_path / "rows.csv"
+
+    def perform(wanted):
+        return runs.perform_all(lambda rows: wanted, Small, square, ["square"], path)
+
+    with pytest.raises(ValueError, match="-1"):
+        perform([Small(-1), Small(2), Small(11)])
+    text = path.read_text()
+    assert sorted(text.splitlines()[1:]) == ["11,False,121", "2,False,4"]
+    path.write_text(text[:-2])
+    assert len(runs.read(path, Small)) == 1
+    assert len(perform([Small(2), Small(11)])) == 2
+    assert sorted(path.read_text().splitlines()) == sorted(text.splitlines())

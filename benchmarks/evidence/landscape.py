@@ -3,8 +3,8 @@
 Each adapts the model at the rate that ``parameters.py`` chose. Then
 
 - *CKA*, layer by layer: the linear centred kernel alignment of a layer's outputs, the mean of the
-  tokens, with those of the fine-tuned model, over 500 inputs of the test; and the size of what
-  changed in the layer's weight;
+  tokens, with those of the fine-tuned model, over 500 inputs, of images those of the test; and the
+  size of what changed in the layer's weight;
 - *the plane* of weights through LoRA (0, 0), RandLoRA (1, 0) and fine-tuned (½, 1), in one seed:
   the training loss on 500 inputs.
 
@@ -23,8 +23,8 @@ import methods
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import HERE, TASKS, Classifier, minilm_glosses, point, results, vision
-from protocol import Run, found
+from common import HERE, TASKS, Classifier, found, minilm_glosses, point, results, vision
+from protocol import Run
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -51,7 +51,7 @@ def inputs(task: str, seed: int) -> tuple[nn.Module, Inputs, Tensor, Inputs]:
 
 
 def effective(start: nn.Module, model: nn.Module) -> nn.Module:
-    """The plain model with the weights that an adapted one has."""
+    """The plain model with the weights that one adapted by LoRA, RandLoRA or itself has."""
     plain = copy.deepcopy(start)
     for name in methods.layers(plain):
         layer = model.get_submodule(name)
@@ -67,9 +67,15 @@ def effective(start: nn.Module, model: nn.Module) -> nn.Module:
 def outputs(model: nn.Module, given: Inputs) -> dict[str, Tensor]:
     """Of each adapted layer the mean output over the tokens, ``(inputs, out)``."""
     kept: dict[str, Tensor] = {}
+    mask = given[1] if len(given) > 1 else torch.ones(1)  # which tokens are no padding
+
+    def mean(output: Tensor) -> Tensor:
+        weights = mask.to(output.dtype).unsqueeze(-1).expand(*output.shape[:2], 1)
+        return (output * weights).sum(1) / weights.sum(1)
+
     hooks = [
         model.get_submodule(name).register_forward_hook(
-            lambda module, args, output, name=name: kept.update({name: output.mean(1)})
+            lambda module, args, output, name=name: kept.update({name: mean(output)})
         )
         for name in methods.layers(model)
     ]
@@ -146,12 +152,12 @@ def main() -> None:
             for way, model in {"start": start, **ways}.items()
             for name, output in outputs(model, second).items()
         ]
-        points = plane(ways, first, labels) if seed == 0 else ()
+        points = list(plane(ways, first, labels)) if seed == 0 and not options.quick else []
         if options.quick:
-            print(aligned, next(points))
+            print(*aligned, sep="\n")
             break
-        append(PLANE, ("task", "x", "y", "loss"), ((task, *one) for one in points))
         append(CKA, COLUMNS, aligned)
+        append(PLANE, ("task", "x", "y", "loss"), ((task, *one) for one in points))
 
 
 def append(path: Path, names: tuple[str, ...], rows: object) -> None:

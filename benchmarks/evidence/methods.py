@@ -46,17 +46,14 @@ def use_randlora(
     )
 
 
-def use_half(model: nn.Module, names: Sequence[str], rank: int, seed: int) -> None:
-    """As many bases of half the rank, so half the rank in all: RandLoRA-b (section 6.3)."""
+def use_half(model: nn.Module, names: Sequence[str], bases: int, seed: int) -> None:
+    """So many bases that together have half of full rank: RandLoRA-b (section 6.3)."""
     bank = randlora.BasisBank("dense", seed=seed)
     for name in names:
         layer = model.get_submodule(name)
-        r = min(rank, *layer.weight.shape)
-        n = -(-min(layer.weight.shape) // r)
-        model.set_submodule(
-            name,
-            randlora.RandLoRALinear.from_linear(layer, rank=max(1, r // 2), num_bases=n, bank=bank),
-        )
+        rank = half_rank(*layer.weight.shape, bases)
+        made = randlora.RandLoRALinear.from_linear(layer, rank=rank, num_bases=bases, bank=bank)
+        model.set_submodule(name, made)
 
 
 def use_peft(
@@ -65,8 +62,12 @@ def use_peft(
     """PEFT's adapter with this configuration. LoRA has rsLoRA's scaling, ``α / √r`` with α = r."""
     import peft
 
-    if config == "LoraConfig":
-        settings.update(lora_alpha=size, use_rslora=True)
+    made_for = {
+        "LoraConfig": {"lora_alpha": size, "use_rslora": True},
+        "VeraConfig": {"projection_prng_key": seed},
+        "ShiraConfig": {"random_seed": seed},  # a mask for each shape
+    }
+    settings.update(made_for.get(config, {}))
     made = getattr(peft, config)(r=size, target_modules=list(names), **settings)
     torch.manual_seed(seed)
     peft.get_peft_model(model, made)  # adapts the layers in place; the model around it is not used
@@ -76,7 +77,11 @@ def use_prompt(model: nn.Module, names: Sequence[str], size: int, seed: int) -> 
     """PEFT's prompt tuning of ``model.encoder``: as many embeddings before the tokens."""
     import peft
 
-    config = peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=size)
+    config = peft.PromptTuningConfig(
+        task_type="FEATURE_EXTRACTION",
+        num_virtual_tokens=size,
+        prompt_tuning_init="SAMPLE_VOCAB",
+    )
     torch.manual_seed(seed)
     model.encoder = peft.get_peft_model(model.encoder, config)
 
@@ -190,17 +195,17 @@ class Averaged(Sum):
 
 
 def singular(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The singular vectors of a weight, on its long and its short side, in columns, unit variance.
-
-    The order is that of the singular values, in turns: each basis has large and small ones.
-    """
+    """The singular vectors: on the long side in columns, on the short in rows, of unit variance."""
     long, _, short = torch.linalg.svd(weight if weight.shape[0] >= weight.shape[1] else weight.T)
     p = short.shape[0]
     return long[:, :p] * math.sqrt(long.shape[0]), short * math.sqrt(p)
 
 
 class SingularB(Sum):
-    """``B`` from the left singular vectors of the frozen weight, ``A`` random."""
+    """``B`` from singular vectors of the frozen weight, ``A`` random.
+
+    The bases take the vectors in turns, so that each has some of large and of small values.
+    """
 
     def bases(self, weight: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         long, _ = singular(weight)
@@ -274,10 +279,12 @@ def bases_of(out: int, into: int, size: int) -> int:
     return -(-p // size) * (size + p)
 
 
-def half_bases(out: int, into: int, size: int) -> int:
-    p = min(out, into)
-    size = min(size, p)
-    return -(-p // size) * (max(1, size // 2) + p)
+def half_rank(out: int, into: int, bases: int) -> int:
+    return max(1, round(min(out, into) / 2 / bases))
+
+
+def half_bases(out: int, into: int, bases: int) -> int:
+    return bases * (half_rank(out, into, bases) + min(out, into))
 
 
 def overcomplete_bases(out: int, into: int, size: int) -> int:
@@ -326,8 +333,8 @@ METHODS = {
     "dora": peft("DoRA", "LoraConfig", lambda o, i, size: size * (o + i) + o, use_dora=True),
     "hira": peft("HiRA", "HiraConfig"),
     "shira": peft("SHiRA", "ShiraConfig"),
-    "vera": peft("VeRA", "VeraConfig", lambda o, i, size: size + o, 256),
-    "nola": update("NoLA", NoLA, lambda out, into, size: 2 * size, 512),
+    "vera": peft("VeRA", "VeraConfig", lambda o, i, size: size + o, 1024),
+    "nola": update("NoLA", NoLA, lambda out, into, size: 2 * size, 1024),
     "kradapter": update(
         "KRAdapter",
         KRAdapter,

@@ -1,9 +1,13 @@
 """How a rate is chosen, and what is reported.
 
-For each method on each task every rate of ``RATES`` is run on a seed of its own, and the next rate
-while the best is the least or the largest one. The rate that is best on validation is run on the
-other seeds, and these runs are reported, on test. The tasks memory and recall have one score, since
-what they learn cannot be guessed.
+1. Every rate of ``RATES`` is run on a first seed, and the next one while the best is the least or
+   the largest, or while none has learned anything.
+2. The rates half a step below and above the best follow.
+3. The best so far and its two neighbours are run on a second seed. The best mean on validation is
+   the rate of the method.
+4. This rate is run on the other seeds, and these runs are reported, on test.
+
+The tasks memory and recall have one score, since what they learn cannot be guessed.
 """
 
 from __future__ import annotations
@@ -11,18 +15,19 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs.py is there
 
-from runs import Row, crossed
+from runs import Row
 
-ALL_RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+COARSE = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+HALVES = (2e-5, 5e-5, 2e-4, 5e-4, 2e-3, 5e-3, 2e-2, 5e-2, 2e-1, 5e-1)
+FINE = tuple(sorted(COARSE + HALVES))
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-PILOT = 100  # the seed that chooses the rate, and nothing else
-SEEDS = range(10)  # that may be reported
+PILOTS = 100, 101  # the seeds that choose the rate, and nothing else
 
 
 @dataclass(frozen=True)
@@ -41,36 +46,61 @@ class Run:
 Table = dict[Run, Row]
 
 
-def pilots(rows: Table, chosen: Run) -> dict[float, float]:
-    """The scores of a point on validation, by rate. A loss that is not a number is the worst."""
-    found = {}
-    for rate in ALL_RATES:
-        row = rows.get(replace(chosen, rate=rate, seed=PILOT))
-        if row:
-            score = float(row["validation"])
-            found[rate] = -math.inf if math.isnan(score) else score
-    return found
+def validation(rows: Table, run: Run) -> float | None:
+    """The score of a run on validation; the worst if it is not a number, None if it is lacking."""
+    if run not in rows:
+        return None
+    score = float(rows[run]["validation"])
+    return -math.inf if math.isnan(score) else score
 
 
-def next_runs(
+def beside(rate: float, among: Sequence[float], steps: Sequence[int] = (-1, 1)) -> list[float]:
+    """The rates next to this one."""
+    places = (among.index(rate) + step for step in steps)
+    return [among[place] for place in places if 0 <= place < len(among)]
+
+
+def choose(
     rows: Table,
-    chosen: Run,
-    seeds: Sequence[int],
+    point: Run,
+    floor: float = -math.inf,
     rates: Sequence[float] = RATES,
-    extend: bool = True,
-) -> list[Run]:
-    """What a point lacks next: pilot runs, or with these the runs that are reported."""
-    scores = pilots(rows, chosen)
-    missing = [rate for rate in rates if rate not in scores]
-    if not missing:
-        best = max(scores, key=scores.__getitem__)
-        if extend and best in (min(scores), max(scores)):
-            place = ALL_RATES.index(best) + (1 if best == max(scores) else -1)
-            missing = [rate for rate in ALL_RATES[max(place, 0) : place + 1] if rate not in scores]
-    if missing:
-        return [replace(chosen, rate=rate, seed=PILOT) for rate in missing]
-    runs = crossed(replace(chosen, rate=best), seed=seeds)
-    return [run for run in runs if run not in rows]
+    thorough: bool = True,
+) -> tuple[list[Run], float | None]:
+    """The pilot runs that a point lacks next; or none, and its rate.
+
+    ``floor`` is the score of what has learned nothing. Without ``thorough`` the best of ``rates``
+    is taken.
+    """
+
+    def score(rate: float, pilot: int = PILOTS[0]) -> float | None:
+        return validation(rows, replace(point, rate=rate, seed=pilot))
+
+    def lacking(wanted: Iterable[float], pilots: Sequence[int] = PILOTS[:1]) -> list[Run]:
+        return [
+            replace(point, rate=rate, seed=pilot)
+            for rate in wanted
+            for pilot in pilots
+            if score(rate, pilot) is None
+        ]
+
+    if missing := lacking(rates):
+        return missing, None
+    tried = [rate for rate in COARSE if score(rate) is not None]
+    best = max(tried, key=score)
+    if not thorough:
+        return [], best
+    nothing = score(best) <= floor
+    wanted = beside(tried[0], COARSE, [-1]) if nothing or best == tried[0] else []
+    wanted += beside(tried[-1], COARSE, [1]) if nothing or best == tried[-1] else []
+    halves = beside(best, FINE)
+    if missing := lacking(wanted) or lacking(halves):
+        return missing, None
+    top = max((best, *halves), key=score)
+    last = [top, *beside(top, FINE)]
+    if missing := lacking(last, PILOTS):
+        return missing, None
+    return [], max(last, key=lambda rate: sum(score(rate, pilot) for pilot in PILOTS))
 
 
 @dataclass(frozen=True)
@@ -88,15 +118,13 @@ class Found:
         return statistics.fmean(self.values(column).values())
 
 
-def found(rows: Table, chosen: Run) -> Found | None:
+def found(rows: Table, point: Run, seeds: Sequence[int], floor: float = -math.inf) -> Found | None:
     """What a point gave, or None if runs are missing."""
-    scores = pilots(rows, chosen)
-    if not scores:
+    missing, rate = choose(rows, point, floor)
+    if missing:
         return None
-    rate = max(scores, key=scores.__getitem__)
-    runs = crossed(replace(chosen, rate=rate), seed=SEEDS)
-    reported = {run.seed: rows[run] for run in runs if run in rows}
-    return Found(chosen, rate, reported) if len(reported) > 1 else None
+    reported = {seed: rows.get(replace(point, rate=rate, seed=seed)) for seed in seeds}
+    return Found(point, rate, reported) if all(reported.values()) else None
 
 
 # The quantile of Student's t for a two-sided interval of 95 %, by degrees of freedom.
@@ -114,7 +142,9 @@ STUDENT = {
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """A mean and the half width of its 95 % interval."""
+    """A mean and the half width of its 95 % interval; not numbers if a value is not one."""
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.nan
     error = statistics.stdev(values) / math.sqrt(len(values))
     return statistics.fmean(values), STUDENT[len(values) - 1] * error
 
@@ -122,4 +152,4 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def difference(one: Found, other: Found, column: str = "test") -> tuple[float, float]:
     """Of ``one`` less ``other``, paired by seed."""
     left, right = one.values(column), other.values(column)
-    return interval([left[seed] - right[seed] for seed in left if seed in right])
+    return interval([left[seed] - right[seed] for seed in left])

@@ -23,10 +23,11 @@ import methods
 import numpy as np
 import parameters
 import rank
+import seconds
 import shots
 import variants
-from common import HERE, TASKS, results
-from protocol import Found, Run, Table, difference, found, interval
+from common import HERE, TASKS, found, results
+from protocol import Found, Run, Table, difference, interval
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -71,7 +72,7 @@ def trained(got: Found) -> int:
 
 
 def parameter_table(rows: Table, task: str) -> str:
-    """All methods on a task, the best first, and how far each is from LoRA of the same count."""
+    """All methods on a task, the best first, beside LoRA of the task's count."""
     gots = [got for one in points_of(parameters, task) if (got := found(rows, one))]
     base = next((g for g in gots if g.point == parameters.reference(task)), None)
     lines = []
@@ -80,15 +81,13 @@ def parameter_table(rows: Table, task: str) -> str:
         less = "" if base is None or got is base else signed(got, base)
         lines.append(
             (
-                name,
-                f"{trained(got):,}",
-                f"{got.rate:g}",
-                score(got),
-                less,
-                f"{got.mean('kept'):.3f}",
+                *(name, f"{trained(got):,}", f"{got.rate:g}", score(got)),
+                f"{min(got.values().values()):.3f}",
+                *(less, f"{got.mean('kept'):.3f}"),
             )
         )
-    head = "method", "trained", "rate", "test", "less LoRA of the first count", "kept"
+    count = f"{trained(base):,}" if base else ""
+    head = "method", "trained", "rate", "test", "worst seed", f"less LoRA of {count}", "kept"
     return markdown(head, lines)
 
 
@@ -153,15 +152,46 @@ def steps_table(rows: Table) -> str:
 
 
 def fit_table() -> str:
-    """The share of the energy that each form reaches at the count of LoRA 16."""
+    """The share of the energy that each form reaches at the count of LoRA 16, and its own count."""
     found_rows = [row for row in read_csv(fits.FITS) if row["lora"] == "16"]
     lines = []
     for target in dict.fromkeys(row["target"] for row in found_rows):
         of_target = {row["form"]: row for row in found_rows if row["target"] == target}
         first = next(iter(of_target.values()))
-        shares = (of_target[form]["share"] if form in of_target else "" for form in fits.FORMS)
-        lines.append((target, f"{first['out']} × {first['in']}", *(s[:5] for s in shares)))
+        shares = (
+            f"{float(of_target[form]['share']):.3f} ({int(of_target[form]['count']):,})"
+            if form in of_target
+            else ""
+            for form in fits.FORMS
+        )
+        lines.append((target, f"{first['out']} × {first['in']}", *shares))
     return markdown(("target", "size", *(TITLES[form] for form in fits.FORMS)), lines)
+
+
+def seconds_table() -> str:
+    """What a step takes, of full fine-tuning's: the ratio of the medians over the rounds."""
+    times: dict[tuple[str, str], list[float]] = {}
+    for row in read_csv(seconds.TIMES):
+        times.setdefault((row["method"], row["task"]), []).append(float(row["seconds"]))
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    tasks = list(dict.fromkeys(task for _, task in medians))
+    lines = [
+        (TITLES[name], *(f"{medians[name, t] / medians['full', t]:.2f}" for t in tasks))
+        for name in dict.fromkeys(name for name, _ in medians)
+    ]
+    return markdown(("method", *(TASKS[task].title for task in tasks)), lines)
+
+
+def check_counts() -> None:
+    """Exit unless every point trains as much as LoRA of a rank that is compared, to a twentieth."""
+    for question in (parameters, rank, bases, variants):
+        for one in question.points():
+            if methods.METHODS[one.method].fixed is None:
+                shapes = TASKS[one.task].shapes
+                count = methods.total(one.method, shapes, one.size)
+                others = [methods.total("lora", shapes, r) for r in parameters.counts(one.task)]
+                if all(abs(count / other - 1) > 0.05 for other in others):
+                    raise SystemExit(f"{one} trains {count:,}, LoRA {others}")
 
 
 def alignment_table() -> str:
@@ -217,6 +247,7 @@ TABLES: dict[str, Callable[[Table], str]] = {
     "variants": lambda rows: question_table(variants, variants.FORMS, rows, "isometric"),
     "fits": lambda rows: fit_table(),
     "alignment": lambda rows: alignment_table(),
+    "seconds": lambda rows: seconds_table(),
     "shots: fashion": lambda rows: shots_table(rows, "fashion"),
     "shots: glosses": lambda rows: shots_table(rows, "glosses"),
 }
@@ -389,6 +420,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
     options = parser.parse_args()
+    check_counts()
     text = README.read_text()
     if options.check:
         if filled(text) != text:
