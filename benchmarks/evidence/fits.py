@@ -3,8 +3,8 @@
 For each target a fit of each form of the update, at the count of numbers of LoRA of some rank, or
 the nearest that the form can have: the share of the target's energy that it reaches, ``1 - ‖W -
 ΔW‖² / ‖W‖²``. LoRA's is the best there is (Eckart-Young). The others come from least squares in
-turns, so the best reaches at least so much. Targets are made (those of KRAdapter, arXiv 2508.00230),
-or differences that full fine-tuning made, at the rate that ``parameters.py`` chose.
+turns, so the best reaches at least so much. Targets are made, as those of KRAdapter (arXiv
+2508.00230), or are differences that full fine-tuning made, at the rate that was chosen for it.
 
     python benchmarks/evidence/fits.py [--quick]
 """

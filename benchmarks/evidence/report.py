@@ -392,6 +392,8 @@ def landscape_figure(rows: Table, path: Path) -> None:
 
 
 def shots_figure(rows: Table, path: Path) -> None:
+    if not any(found(rows, one) for one in shots.points() if one.shots):
+        return
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for panel, task in zip(axes, shots.TASKS, strict=True):
         for method, color in {"head": "C7", "lora": "C1", "isometric": "C0", "full": "C2"}.items():
