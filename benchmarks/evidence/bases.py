@@ -5,10 +5,9 @@ python benchmarks/evidence/bases.py [--tasks TASK ...] [--jobs N] [--quick]
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 
-from common import answer, point
-from protocol import Run
+from common import answer, every
 
 KINDS = (
     "dense",
@@ -20,12 +19,7 @@ KINDS = (
     "sparse 99",
     "isometric",
 )
-
-
-def points() -> Iterator[Run]:
-    for task in ("digits", "fashion"):
-        for kind in KINDS:
-            yield point(task, kind)
+points = partial(every, ("digits", "fashion"), KINDS)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import argparse
 import copy
 import itertools
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -97,7 +98,7 @@ def few(labels: Tensor, shots: str, seed: int) -> Tensor:
 
 # --- images --------------------------------------------------------------------------------------
 
-FASHION = Path("/usr/share/datasets/fashion-mnist")
+FASHION = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
 
 
 @lru_cache(maxsize=12)
@@ -404,6 +405,11 @@ def point(task: str, method: str, rank: int = 0, **fields: Any) -> Run:
     """A method on a task, as large as LoRA of this rank, or of the task's own; without a rate."""
     size = methods.size_for(method, TASKS[task].shapes, rank or TASKS[task].rank)
     return Run(task, method, size, 0.0, **fields)
+
+
+def every(tasks: Iterable[str], names: Iterable[str]) -> list[Run]:
+    """All these methods on all these tasks, at the counts of the tasks."""
+    return [point(task, name) for task, name in itertools.product(tasks, names)]
 
 
 # --- running -------------------------------------------------------------------------------------

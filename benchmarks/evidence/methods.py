@@ -10,6 +10,7 @@ papers' equations, as a parametrization that adds ``ΔW`` to a weight: simple, n
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -94,7 +95,7 @@ def use_full(model: nn.Module, names: Sequence[str], size: int, seed: int) -> No
 # --- from papers ---------------------------------------------------------------------------------
 
 
-class Update(nn.Module):
+class Update(nn.Module, ABC):
     """A parametrization ``W0 + ΔW``. A subclass has the shape ``q × p`` of a tall ``ΔW``."""
 
     def __init__(self, weight: Tensor, size: int, generator: torch.Generator) -> None:
@@ -103,12 +104,13 @@ class Update(nn.Module):
         self.p, self.q = sorted(weight.shape)
         self.build(weight.detach(), size, generator)
 
+    @abstractmethod
     def build(self, weight: Tensor, size: int, generator: torch.Generator) -> None:
-        raise NotImplementedError
+        """Make the parameters, so that ``ΔW = 0``."""
 
+    @abstractmethod
     def delta(self) -> Tensor:
         """The tall ``ΔW``, ``(q, p)``."""
-        raise NotImplementedError
 
     def forward(self, weight: Tensor) -> Tensor:
         delta = self.delta()
@@ -173,8 +175,9 @@ class Sum(Update):
         self.gamma = nn.Parameter(torch.zeros(self.n, self.p))
         self.scaling = randlora.BasisBank().default_scaling(self.q, self.p, self.n) / self.mean
 
+    @abstractmethod
     def bases(self, weight: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """``A``, ``(r, p)`` or ``(n, r, p)``, and ``B``, ``(q, n r)``, of unit variance."""
 
     def delta(self) -> Tensor:
         c = self.lam[:, :, None] * self.a * self.gamma[:, None, :]
@@ -341,6 +344,7 @@ METHODS = {
         lambda o, i, size: min(o, i) * sum(KRAdapter.sides(max(o, i))),
         0,
     ),
+    # What it trains lies in no layer.
     "prompt": Method("prompt tuning", lambda out, into, size: 0, use_prompt, 32),
     "isometric": ours("RandLoRA, isometric"),
     "dense": ours("RandLoRA, uniform", basis="dense"),

@@ -127,18 +127,8 @@ def found(rows: Table, point: Run, seeds: Sequence[int], floor: float = -math.in
     return Found(point, rate, reported) if all(reported.values()) else None
 
 
-# The quantile of Student's t for a two-sided interval of 95 %, by degrees of freedom.
-STUDENT = {
-    1: 12.706,
-    2: 4.303,
-    3: 3.182,
-    4: 2.776,
-    5: 2.571,
-    6: 2.447,
-    7: 2.365,
-    8: 2.306,
-    9: 2.262,
-}
+# The quantile of Student's t for a two-sided interval of 95 %, by the number of seeds.
+STUDENT = {3: 4.303, 5: 2.776}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -146,7 +136,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     if not all(map(math.isfinite, values)):
         return math.nan, math.nan
     error = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), STUDENT[len(values) - 1] * error
+    return statistics.fmean(values), STUDENT[len(values)] * error
 
 
 def difference(one: Found, other: Found, column: str = "test") -> tuple[float, float]:

@@ -37,6 +37,9 @@ TITLES = {name: method.title for name, method in methods.METHODS.items()}
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rows = list(rows)
+    if not rows:
+        return "Not run yet."
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -5,18 +5,12 @@ python benchmarks/evidence/variants.py [--tasks TASK ...] [--jobs N] [--quick]
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 
-from common import answer, point
-from protocol import Run
+from common import answer, every
 
 FORMS = ("isometric", "dense", "hybrid", "overcomplete", "singular B", "singular")
-
-
-def points() -> Iterator[Run]:
-    for task in ("digits", "fashion", "memory"):
-        for form in FORMS:
-            yield point(task, form)
+points = partial(every, ("digits", "fashion", "memory"), FORMS)
 
 
 if __name__ == "__main__":
