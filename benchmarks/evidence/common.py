@@ -67,7 +67,7 @@ class Outcome(NamedTuple):
     test: float
     kept: float
     seconds: float  # of a step, the median
-    curve: Sequence[float] = ()
+    curve: Sequence[Tensor] = ()
 
 
 def train(model: nn.Module, losses: Iterable[Tensor], steps: int, rate: float) -> float:
@@ -179,9 +179,9 @@ def sort(run: Run, device: torch.device, steps: int) -> Outcome:
     tested, trained = 3000, 32 * steps
     glosses = minilm_glosses(run.seed, tested + trained, tokens=16)
     torch.manual_seed(run.seed)
-    model = Classifier().to(device)
+    model = Classifier()
     methods.adapt(model, run.method, run.size, run.seed)
-    model.head.requires_grad_(True)
+    model.to(device).head.requires_grad_(True)
     places = (tested + few(glosses.labels[tested:], run.shots, run.seed)).tolist()
 
     def losses() -> Iterator[Tensor]:
@@ -201,15 +201,16 @@ def memorise(run: Run, device: torch.device, steps: int, count: int) -> Outcome:
     labels = np.random.default_rng(run.seed).integers(0, 45, count)
     glosses = replace(glosses, labels=torch.from_numpy(labels))
     torch.manual_seed(run.seed)
-    model = Classifier().to(device)
+    model = Classifier()
     methods.adapt(model, run.method, run.size, run.seed)
+    model.to(device)
     curve = []
 
     def losses() -> Iterator[Tensor]:
         for at in itertools.islice(in_turn(count, 32, run.seed), steps):
             *inputs, labels = glosses.batch(at, device)
             logits = model(*inputs)
-            curve.append((logits.argmax(1) == labels).double().mean().item())
+            curve.append((logits.argmax(1) == labels).double().mean())
             yield F.cross_entropy(logits, labels)
 
     seconds = train(model, losses(), steps, run.rate)
@@ -223,11 +224,18 @@ LOWER = 20  # layers that are frozen, of 30
 EXAMPLES = 200
 
 
-half_precision = partial(torch.autocast, "cpu", torch.bfloat16)
+@lru_cache(maxsize=1)
+def frozen(device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """What no method adapts: SmolLM2 below ``LOWER``, without the norm at its end; and its head."""
+    whole = copy.deepcopy(language_model()[0]).requires_grad_(False).to(device)
+    whole.model.layers = whole.model.layers[:LOWER]
+    whole.config.num_hidden_layers = LOWER
+    whole.model.norm = nn.Identity()
+    return whole.model, whole.lm_head
 
 
 class Upper(nn.Module):
-    """The layers of SmolLM2 from ``LOWER`` on, with its head; those below are frozen."""
+    """The layers of SmolLM2 from ``LOWER`` on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,22 +244,22 @@ class Upper(nn.Module):
         upper._modules = dict(whole.model._modules)
         upper.layers = copy.deepcopy(whole.model.layers[LOWER:])
         upper.embed_tokens = None
-        self.layers, self.lm_head = upper, whole.lm_head
+        self.layers = upper
         self.layers.config = copy.deepcopy(whole.config)
         self.layers.config.num_hidden_layers = len(upper.layers)
 
-    @staticmethod
-    def lower(tokens: Tensor) -> Tensor:
-        """What the layers below give, ``(batch, tokens, width)``."""
-        whole, _ = language_model()
-        with torch.no_grad():
-            states = whole.model(input_ids=tokens, output_hidden_states=True, use_cache=False)
-        return states.hidden_states[LOWER]
-
     def forward(self, hidden: Tensor, asked: Tensor) -> Tensor:
-        """The logits at the places where the mask ``asked`` is true, each for the next token."""
-        out = self.layers(inputs_embeds=hidden, use_cache=False).last_hidden_state
-        return self.lm_head(out[asked])
+        """The last states at the places where the mask ``asked`` is true."""
+        return self.layers(inputs_embeds=hidden, use_cache=False).last_hidden_state[asked]
+
+
+def logits_of(model: Upper, tokens: Tensor, asked: Tensor) -> Tensor:
+    """In half precision, each for the token after a place that is asked."""
+    lower, head = frozen(tokens.device)
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        with torch.no_grad():
+            hidden = lower(input_ids=tokens, use_cache=False).last_hidden_state
+        return head(model(hidden, asked)).float()
 
 
 @dataclass(frozen=True)
@@ -261,7 +269,7 @@ class Prompted:
     rows: list[list[int]]
     starts: list[int]
 
-    def batch(self, places: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(self, places: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, which of them are asked for their next token, and those next tokens."""
         rows = [torch.tensor(self.rows[place]) for place in places]
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -269,7 +277,8 @@ class Prompted:
         starts = torch.tensor([self.starts[at] for at in places])[:, None]
         ends = torch.tensor([len(row) for row in rows])[:, None]
         asked = F.pad((place >= starts) & (place < ends), (0, 1))
-        return tokens, asked, tokens.roll(-1, 1)[asked]
+        wanted = tokens.roll(-1, 1)[asked]
+        return tokens.to(device), asked.to(device), wanted.to(device)
 
 
 def prompted(tokenizer: Any, texts: Iterable[tuple[str, str]], most: int = 32) -> Prompted:
@@ -312,12 +321,14 @@ class Scores(NamedTuple):
     exact: float  # the share of the answers that greedy decoding would give
 
 
-def answered(model: Upper, texts: Prompted, places: Sequence[int]) -> Scores:
+def answered(
+    model: Upper, texts: Prompted, places: Sequence[int], device: torch.device
+) -> Scores:
     losses, rights, exact = [], [], 0
-    with torch.inference_mode(), half_precision():
+    with torch.inference_mode():
         for at in range(0, len(places), 50):
-            tokens, asked, wanted = texts.batch(places[at : at + 50])
-            logits = model(Upper.lower(tokens), asked).float()
+            tokens, asked, wanted = texts.batch(places[at : at + 50], device)
+            logits = logits_of(model, tokens, asked)
             right = logits.argmax(-1) == wanted
             losses.append(F.cross_entropy(logits, wanted, reduction="none"))
             rights.append(right)
@@ -345,22 +356,22 @@ def speak(
     tested = 0 if pairs else 600
     data = prompted(model.tokenizer, texts(run.seed, pairs or tested + batch * steps))
     methods.adapt(model, run.method, run.size, run.seed)
+    model.to(device)
     curve = []
     turns = in_turn(len(data.rows) - tested, batch, run.seed)
 
     def losses() -> Iterator[Tensor]:
         for at in itertools.islice(turns, steps):
-            tokens, asked, wanted = data.batch([tested + place for place in at])
-            with half_precision():
-                logits = model(Upper.lower(tokens), asked).float()
-            curve.append((logits.argmax(-1) == wanted).double().mean().item())
+            tokens, asked, wanted = data.batch([tested + place for place in at], device)
+            logits = logits_of(model, tokens, asked)
+            curve.append((logits.argmax(-1) == wanted).double().mean())
             yield F.cross_entropy(logits, wanted)
 
     seconds = train(model, losses(), steps, run.rate)
     parts = [range(pairs)] * 2 if pairs else [range(200), range(200, tested)]
-    scores = (score(answered(model, data, part)) for part in parts)
+    scores = (score(answered(model, data, part, device)) for part in parts)
     other = prompted(model.tokenizer, sentences(1, EXAMPLES))
-    kept = -answered(model, other, range(EXAMPLES)).loss
+    kept = -answered(model, other, range(EXAMPLES), device).loss
     return Outcome(model, *scores, kept, seconds, curve)
 
 
@@ -414,7 +425,7 @@ def every(tasks: Iterable[str], names: Iterable[str]) -> list[Run]:
 
 # --- running -------------------------------------------------------------------------------------
 
-MEASURED = "trained", "validation", "test", "kept", "seconds", "curve"
+MEASURED = "trained", "validation", "test", "kept", "seconds", "curve", "device"
 POINTS = 40  # of a curve
 
 
@@ -428,7 +439,8 @@ def perform(run: Run, device: torch.device) -> dict[str, Any]:
     task, start = TASKS[run.task], time.perf_counter()
     model, validation, test, kept, _, curve = task.perform(run, device, run.steps or task.steps)
     seconds = time.perf_counter() - start
-    parts = np.array_split(np.array(curve), POINTS) if curve else []
+    known = torch.stack(curve).tolist() if curve else []
+    parts = np.array_split(np.array(known), POINTS) if curve else []
     return {
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "validation": f"{validation:.4f}",
@@ -436,6 +448,7 @@ def perform(run: Run, device: torch.device) -> dict[str, Any]:
         "kept": f"{kept:.4f}",
         "seconds": f"{seconds:.1f}",
         "curve": " ".join(f"{part.mean():.3f}" for part in parts if len(part)),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
     }
 
 
@@ -445,6 +458,7 @@ def answer(points: Iterable[Run], doc: str | None) -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these, see methods.py")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a process each")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--csv", type=Path, default=RESULTS)
     parser.add_argument(
         "--quick", action="store_true", help="a minute: 10 steps, three points, not kept"
@@ -466,7 +480,9 @@ def answer(points: Iterable[Run], doc: str | None) -> None:
             seeds = TASKS[one.task].seeds[: 2 if options.quick else None]
             yield from missing or crossed(replace(one, rate=rate), seed=seeds)
 
-    rows = perform_all(lacking, Run, perform, MEASURED, options.csv, options.jobs)
+    rows = perform_all(
+        lacking, Run, perform, MEASURED, options.csv, options.jobs, options.device
+    )
     if options.quick:
         print(*(f"{run}: {row['test']}" for run, row in rows.items()), sep="\n")
     else:

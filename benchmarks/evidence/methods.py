@@ -118,9 +118,11 @@ class Update(nn.Module, ABC):
 
 
 @lru_cache(maxsize=8)
-def shared_matrices(seed: int, count: int, left: int, right: int) -> tuple[Tensor, Tensor]:
+def shared_matrices(
+    seed: int, count: int, left: int, right: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
-    return draw(count, left), draw(count, right)
+    return draw(count, left).to(device), draw(count, right).to(device)
 
 
 class NoLA(Update):
@@ -133,14 +135,14 @@ class NoLA(Update):
 
     def build(self, weight: Tensor, size: int, generator: torch.Generator) -> None:
         sides = self.q * self.rank, self.rank * self.p
-        self.b, self.a = shared_matrices(generator.initial_seed(), size, *sides)
+        self.drawn = partial(shared_matrices, generator.initial_seed(), size, *sides)
         # A's entries start with the variance 1 / p, as LoRA's do; B starts at 0.
         alpha = torch.randn(size, generator=generator) / math.sqrt(size * self.p)
         self.alpha, self.beta = nn.Parameter(alpha), nn.Parameter(torch.zeros(size))
 
     def delta(self) -> Tensor:
-        b = (self.beta @ self.b).view(self.q, self.rank)
-        return b @ (self.alpha @ self.a).view(self.rank, self.p)
+        b, a = self.drawn(self.beta.device)
+        return (self.beta @ b).view(self.q, -1) @ (self.alpha @ a).view(-1, self.p)
 
 
 class KRAdapter(Update):
