@@ -1,5 +1,6 @@
 import os
 import sys
+import warnings
 
 import pytest
 import torch
@@ -66,6 +67,7 @@ def _alone():
     torch.set_warn_always(True)  # else only the first test gets a warning that is given once
     yield
     if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()  # compiled graphs count towards a limit
+        with warnings.catch_warnings(action="ignore"):  # it imports more of torch
+            torch._dynamo.reset()  # compiled graphs count towards a limit
     if accelerate := sys.modules.get("accelerate"):
         accelerate.state.AcceleratorState._reset_state(True)  # all of a process share its settings

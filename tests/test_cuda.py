@@ -15,7 +15,13 @@ from randlora.core.operators import DenseOperator
 from randlora.functional import randlora_linear
 from tests.support import cases
 
-pytestmark = pytest.mark.cuda
+pytestmark = [
+    pytest.mark.cuda,
+    # What torch itself says where nothing is wrong.
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
 WAYS = ("weight", "activations")
 PLANS = [
     Choice(*ways, keeps) for ways in itertools.product(WAYS, repeat=3) for keeps in ("x", "xb")
@@ -142,8 +148,8 @@ def test_no_step_waits_for_the_device(kind):
     targets = torch.zeros(32, dtype=torch.long, device="cuda")
     F.cross_entropy(model(x), targets).backward()  # draws the bases
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             with torch.autocast("cuda", dtype, enabled=False):
                 F.cross_entropy(model(x), targets).backward()
@@ -178,6 +184,7 @@ def test_a_training_step_can_be_captured_in_a_graph(kind):
         loss = step()
     graph.replay()
     captured = loss.item(), [p.detach().clone() for p in parameters]
+    del loss  # it holds nodes of the stream that was captured
     with torch.no_grad():
         for parameter, value in zip(parameters, saved[0], strict=True):
             parameter.copy_(value)
