@@ -321,9 +321,7 @@ class Scores(NamedTuple):
     exact: float  # the share of the answers that greedy decoding would give
 
 
-def answered(
-    model: Upper, texts: Prompted, places: Sequence[int], device: torch.device
-) -> Scores:
+def answered(model: Upper, texts: Prompted, places: Sequence[int], device: torch.device) -> Scores:
     losses, rights, exact = [], [], 0
     with torch.inference_mode():
         for at in range(0, len(places), 50):
@@ -480,9 +478,7 @@ def answer(points: Iterable[Run], doc: str | None) -> None:
             seeds = TASKS[one.task].seeds[: 2 if options.quick else None]
             yield from missing or crossed(replace(one, rate=rate), seed=seeds)
 
-    rows = perform_all(
-        lacking, Run, perform, MEASURED, options.csv, options.jobs, options.device
-    )
+    rows = perform_all(lacking, Run, perform, MEASURED, options.csv, options.jobs, options.device)
     if options.quick:
         print(*(f"{run}: {row['test']}" for run, row in rows.items()), sep="\n")
     else:

@@ -18,6 +18,7 @@ from pathlib import Path
 import bases
 import fits
 import landscape
+import longer
 import matplotlib as mpl
 import methods
 import numpy as np
@@ -135,23 +136,22 @@ def question_table(question: object, names: Sequence[str], rows: Table, base: st
 def steps_table(rows: Table) -> str:
     """After how many steps a batch is known to a half and to nine tenths, before its own step."""
     lines = []
-    for task in ("memory", "recall"):
-        for one in points_of(parameters, task):
-            if got := found(rows, one):
-                curves = np.array([row["curve"].split() for row in got.rows.values()], float)
-                cells = []
-                for share in (0.5, 0.9):
-                    reached = curves.max(1) >= share
-                    first = (curves >= share).argmax(1)[reached] + 1
-                    steps = TASKS[task].steps / curves.shape[1]
-                    when = f"{np.median(first) * steps:.0f}" if reached.all() else ""
-                    cells += [when, f"{reached.sum()} of {len(reached)}"]
-                if any(cells[::2]) or cells[1][0] != "0":
-                    lines.append(
-                        (TASKS[task].title, TITLES[one.method], f"{trained(got):,}", *cells)
-                    )
-    head = "task", "method", "trained", "steps to 50 %", "seeds", "steps to 90 %", "seeds"
-    return markdown(head, lines)
+    for one in longer.compared():
+        if got := found(rows, one):
+            curves = np.array([row["curve"].split() for row in got.rows.values()], float)
+            steps = one.steps or TASKS[one.task].steps
+            cells = []
+            for share in (0.5, 0.9):
+                reached = curves.max(1) >= share
+                first = (curves >= share).argmax(1)[reached] + 1
+                when = f"{np.median(first) * steps / curves.shape[1]:.0f}" if reached.all() else ""
+                cells += [when, f"{reached.sum()} of {len(reached)}"]
+            name = TITLES[one.method]
+            lines.append(
+                (TASKS[one.task].title, name, f"{trained(got):,}", str(steps), score(got), *cells)
+            )
+    head = "task", "method", "trained", "steps", "at the end"
+    return markdown((*head, "to 50 %", "seeds", "to 90 %", "seeds"), lines)
 
 
 def fit_table() -> str:
