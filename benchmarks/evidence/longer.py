@@ -12,7 +12,6 @@ from common import TASKS, answer, point
 from parameters import counts
 from protocol import Run
 
-NAMES = ("full", "isometric", "lora")
 TIMES = 3
 
 
@@ -27,9 +26,9 @@ def compared() -> Iterator[Run]:
 
 def points() -> Iterator[Run]:
     task = "memory"
-    for method in NAMES:
-        for rank in counts(task) if method != "full" else (0,):
-            yield replace(point(task, method, rank), steps=TIMES * TASKS[task].steps)
+    one = [point(task, method, rank) for rank in counts(task) for method in ("isometric", "lora")]
+    for run in (*one, point(task, "full")):
+        yield replace(run, steps=TIMES * TASKS[task].steps)
 
 
 if __name__ == "__main__":
