@@ -313,10 +313,13 @@ def parameter_figure(rows: Table, path: Path) -> None:
                     label=TITLES[got.point.method],
                 )
         panel.set(xscale="log", title=TASKS[task].title, xlabel="trained parameters")
+        panel.xaxis.set_minor_formatter("")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=6)
     for panel in axes.flat[len(shown) :]:
         panel.axis("off")
+    drawn = [panel.get_legend_handles_labels() for panel in axes.flat]
+    entries = {name: handle for pair in drawn for handle, name in zip(*pair, strict=True)}
+    figure.legend(entries.values(), entries, ncols=8, fontsize=7, loc="outside lower center")
     figure.savefig(path, dpi=110)
 
 
