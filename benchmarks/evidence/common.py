@@ -450,8 +450,11 @@ def perform(run: Run, device: torch.device) -> dict[str, Any]:
     }
 
 
-def answer(points: Iterable[Run], doc: str | None) -> None:
-    """The command line of a question: run what the results lack, for all points."""
+def answer(points: Iterable[Run], doc: str | None, rates: Sequence[float] = ()) -> None:
+    """The command line of a question: run what the results lack, for all points.
+
+    With ``rates`` none is chosen: all of them are run on the seeds that are reported.
+    """
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these, see methods.py")
@@ -474,12 +477,15 @@ def answer(points: Iterable[Run], doc: str | None) -> None:
 
     def lacking(rows: Table) -> Iterator[Run]:
         for one in points:
-            missing, rate = protocol.choose(rows, one, floor_of(one), **settings)
             seeds = TASKS[one.task].seeds[: 2 if options.quick else None]
+            if rates:
+                yield from crossed(one, rate=rates[:2] if options.quick else rates, seed=seeds)
+                continue
+            missing, rate = protocol.choose(rows, one, floor_of(one), **settings)
             yield from missing or crossed(replace(one, rate=rate), seed=seeds)
 
     rows = perform_all(lacking, Run, perform, MEASURED, options.csv, options.jobs, options.device)
-    if options.quick:
+    if options.quick or rates:
         print(*(f"{run}: {row['test']}" for run, row in rows.items()), sep="\n")
     else:
         print(table(rows, points))

@@ -13,10 +13,12 @@ import csv
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import bases
 import fits
+import forgetting
 import landscape
 import longer
 import matplotlib as mpl
@@ -241,6 +243,48 @@ def shots_table(rows: Table, task: str) -> str:
     return markdown(head, lines)
 
 
+def at_each_rate(rows: Table, one: Run) -> dict[float, list[dict[str, str]]]:
+    """The rows of the reported seeds, for the rates at which all of them were run."""
+    return {
+        rate: found_rows
+        for rate in forgetting.RATES
+        if all(
+            found_rows := [
+                rows.get(replace(one, rate=rate, seed=seed)) for seed in TASKS[one.task].seeds
+            ]
+        )
+    }
+
+
+def forgetting_table(rows: Table) -> str:
+    """What is kept at the best rate, and at the least one within a point of it."""
+    lines = []
+    for one in forgetting.points():
+        at_rate = at_each_rate(rows, one)
+        if len(at_rate) < len(forgetting.RATES):
+            continue
+        tests = {r: statistics.fmean(float(x["test"]) for x in got) for r, got in at_rate.items()}
+        best = max(tests, key=tests.get)
+        near = min(rate for rate in tests if tests[rate] >= tests[best] - 0.01)
+        cells = []
+        for rate in (best, near):
+            values = [[float(row[name]) for row in at_rate[rate]] for name in ("test", "kept")]
+            means = (interval(of_seeds) for of_seeds in values)
+            cells += [f"{rate:g}", *(f"{mean:.3f} ± {half:.3f}" for mean, half in means)]
+        lines.append((TASKS[one.task].title, TITLES[one.method], *cells))
+    head = (
+        "task",
+        "method",
+        "best rate",
+        "test",
+        "kept",
+        "least rate within a point",
+        "test",
+        "kept",
+    )
+    return markdown(head, lines)
+
+
 TABLES: dict[str, Callable[[Table], str]] = {
     **{f"parameters: {task}": lambda rows, t=task: parameter_table(rows, t) for task in TASKS},
     "budgets": budget_table,
@@ -251,6 +295,7 @@ TABLES: dict[str, Callable[[Table], str]] = {
     "fits": lambda rows: fit_table(),
     "alignment": lambda rows: alignment_table(),
     "seconds": lambda rows: seconds_table(),
+    "forgetting": forgetting_table,
     "shots: fashion": lambda rows: shots_table(rows, "fashion"),
     "shots: glosses": lambda rows: shots_table(rows, "glosses"),
 }
@@ -269,6 +314,7 @@ def filled(text: str) -> str:
 # --- figures -------------------------------------------------------------------------------------
 
 LINES = {"lora": ("C1", "o"), "isometric": ("C0", "s")}
+COLORS = {"head": "C7", "lora": "C1", "isometric": "C0", "full": "C2", "start": "C7"}
 
 
 def parameter_figure(rows: Table, path: Path) -> None:
@@ -325,7 +371,7 @@ def parameter_figure(rows: Table, path: Path) -> None:
 
 def curve_figure(rows: Table, path: Path) -> None:
     """How the two tasks of memory are learned: mean and range of the seeds."""
-    styles = {"full": "C2", "isometric": "C0", "lora": "C1"}
+    styles = ("full", "isometric", "lora")
     shown = {
         task: [
             got
@@ -349,8 +395,8 @@ def curve_figure(rows: Table, path: Path) -> None:
             sizes = [parameters.point(task, method, count).size for count in counts]
             style = ("-", "--", ":")[sizes.index(got.point.size)]
             label = f"{TITLES[method]}, {trained(got) / 1e6:.2f} M"
-            panel.plot(steps, curves.mean(0), style, color=styles[method], label=label)
-            panel.fill_between(steps, curves.min(0), curves.max(0), color=styles[method], alpha=0.1)
+            panel.plot(steps, curves.mean(0), style, color=COLORS[method], label=label)
+            panel.fill_between(steps, curves.min(0), curves.max(0), color=COLORS[method], alpha=0.1)
         panel.set(title=TASKS[task].title, xlabel="step", ylabel="known (%)", ylim=(0, 100))
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
@@ -367,7 +413,7 @@ def landscape_figure(rows: Table, path: Path) -> None:
         len(tasks), 2, figsize=(10, 3.6 * len(tasks)), layout="constrained", squeeze=False
     )
     for (left, right), task in zip(axes, tasks, strict=True):
-        for way, color in {"start": "C7", "lora": "C1", "isometric": "C0"}.items():
+        for way in ("start", "lora", "isometric"):
             of_way = [r for r in found_rows if (r["task"], r["method"]) == (task, way)]
             names = list(dict.fromkeys(row["layer"] for row in of_way))
             mean = [
@@ -375,7 +421,7 @@ def landscape_figure(rows: Table, path: Path) -> None:
                 for name in names
             ]
             label = {"start": "before", **TITLES}[way]
-            left.plot(range(1, len(mean) + 1), mean, ".-", color=color, label=label)
+            left.plot(range(1, len(mean) + 1), mean, ".-", color=COLORS[way], label=label)
         left.set(title=f"{TASKS[task].title}: CKA with the fine-tuned model", xlabel="layer")
         left.legend(fontsize=7)
         left.grid(alpha=0.3)
@@ -402,15 +448,42 @@ def shots_figure(rows: Table, path: Path) -> None:
         return
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for panel, task in zip(axes, shots.TASKS, strict=True):
-        for method, color in {"head": "C7", "lora": "C1", "isometric": "C0", "full": "C2"}.items():
+        for method in ("head", "lora", "isometric", "full"):
             gots = [found(rows, shots.case(task, method, count)) for count in shots.SHOTS]
             shown = [(place, got) for place, got in enumerate(gots) if got]
             if shown:
                 places, gots = zip(*shown, strict=True)
                 scores = np.array([interval(list(got.values().values())) for got in gots]).T
-                panel.errorbar(places, *scores, color=color, marker="o", label=TITLES[method])
+                panel.errorbar(
+                    places, *scores, color=COLORS[method], marker="o", label=TITLES[method]
+                )
         panel.set_xticks(range(len(shots.SHOTS)), [s or "all" for s in shots.SHOTS])
         panel.set(title=TASKS[task].title, xlabel="examples of a class", ylabel="accuracy")
+        panel.legend(fontsize=7)
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def forgetting_figure(rows: Table, path: Path) -> None:
+    """Kept over test, the rates as points of a line."""
+    shown = {one: got for one in forgetting.points() if len(got := at_each_rate(rows, one)) > 3}
+    tasks = list(dict.fromkeys(one.task for one in shown))
+    if not tasks:
+        return
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(5 * len(tasks), 3.6), layout="constrained", squeeze=False
+    )
+    for panel, task in zip(axes.flat, tasks, strict=True):
+        for one, at_rate in shown.items():
+            if one.task != task:
+                continue
+            test, kept = (
+                [statistics.fmean(float(row[name]) for row in got) for got in at_rate.values()]
+                for name in ("test", "kept")
+            )
+            (line,) = panel.plot(test, kept, "o-", color=COLORS[one.method], ms=3)
+            line.set_label(TITLES[one.method])
+        panel.set(title=TASKS[task].title, xlabel="accuracy, learned", ylabel="accuracy, kept")
         panel.legend(fontsize=7)
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
@@ -421,6 +494,7 @@ FIGURES: dict[str, Callable[[Table, Path], None]] = {
     "curves.png": curve_figure,
     "landscape.png": landscape_figure,
     "shots.png": shots_figure,
+    "forgetting.png": forgetting_figure,
 }
 
 
