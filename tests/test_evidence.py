@@ -87,8 +87,10 @@ def piloted(first, second=None):
         ({3e-4: 0.01, 1e-3: 0.02, 3e-3: 0.01, 1e-2: 0.0}, {}, {(1e-4, FIRST), (3e-2, FIRST)}),
         (COARSE, {}, {(5e-4, FIRST), (2e-3, FIRST)}),
         (COARSE | HALVES, {}, {(1e-3, SECOND), (2e-3, SECOND), (3e-3, SECOND)}),
+        # The second seed moves the best to an edge of what both have.
+        (COARSE | HALVES, {1e-3: 0.4, 2e-3: 0.0, 3e-3: 0.1}, {(5e-4, SECOND)}),
     ],
-    ids=["none", "some", "largest best", "least best", "nothing learned", "inside", "halves"],
+    ids=["none", "some", "largest", "least", "nothing learned", "inside", "halves", "edge"],
 )
 def test_pilots_surround_the_best_rate(first, second, lacking):
     missing, rate = protocol.choose(piloted(first, second), POINT, floor=0.05)
@@ -97,7 +99,8 @@ def test_pilots_surround_the_best_rate(first, second, lacking):
 
 
 def test_the_rate_is_the_best_of_two_seeds_and_the_others_are_reported():
-    rows = piloted(COARSE | HALVES, {1e-3: 0.4, 2e-3: 0.0, 3e-3: 0.1})  # the best one collapses
+    # The first seed's best collapses.
+    rows = piloted(COARSE | HALVES, {5e-4: 0.2, 1e-3: 0.4, 2e-3: 0.0, 3e-3: 0.1})
     assert protocol.choose(rows, POINT) == ([], 1e-3)
     assert protocol.found(rows, POINT, range(2)) is None
     for seed in range(2):

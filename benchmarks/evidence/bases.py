@@ -8,16 +8,15 @@ from __future__ import annotations
 from functools import partial
 
 from common import answer, every
+from methods import ZEROS
 
 KINDS = (
     "dense",
     "normal",
     "binary",
-    "sparse 66",
-    "sparse 93",
-    "sparse 98",
-    "sparse 99",
+    *(f"sparse {zeros}" for zeros in ZEROS),
     "isometric",
+    *(f"ternary {zeros}" for zeros in ZEROS),
 )
 points = partial(every, ("digits", "fashion"), KINDS)
 

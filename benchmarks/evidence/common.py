@@ -485,9 +485,9 @@ def answer(points: Iterable[Run], doc: str | None, rates: Sequence[float] = ()) 
             yield from missing or crossed(replace(one, rate=rate), seed=seeds)
 
     rows = perform_all(lacking, Run, perform, MEASURED, options.csv, options.jobs, options.device)
-    if options.quick or rates:
+    if options.quick:
         print(*(f"{run}: {row['test']}" for run, row in rows.items()), sep="\n")
-    else:
+    elif not rates:
         print(table(rows, points))
 
 

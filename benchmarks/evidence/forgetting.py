@@ -1,7 +1,7 @@
 """What the model still can of what it was trained for, beside what it has learned, at each rate.
 
 A rate that is chosen by what was learned may lie where little more is learned and much forgotten.
-So these runs have all rates, and every seed.
+So these runs have all rates, and every seed that is reported.
 
     python benchmarks/evidence/forgetting.py [--tasks TASK ...] [--methods METHOD ...] [--jobs N]
                                              [--quick]

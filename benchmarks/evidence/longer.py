@@ -15,15 +15,6 @@ from protocol import Run
 TIMES = 3
 
 
-def compared() -> Iterator[Run]:
-    """The tasks of memory in as many steps as everywhere."""
-    for task in ("memory", "recall"):
-        yield point(task, "full")
-        for method in ("isometric", "lora"):
-            yield from (point(task, method, rank) for rank in counts(task))
-    yield from points()
-
-
 def points() -> Iterator[Run]:
     task = "memory"
     one = [point(task, method, rank) for rank in counts(task) for method in ("isometric", "lora")]

@@ -68,7 +68,7 @@ def use_peft(
         "VeraConfig": {"projection_prng_key": seed},
         "ShiraConfig": {"random_seed": seed},  # a mask for each shape
     }
-    settings.update(made_for.get(config, {}))
+    settings = {**made_for.get(config, {}), **settings}
     made = getattr(peft, config)(r=size, target_modules=list(names), **settings)
     torch.manual_seed(seed)
     peft.get_peft_model(model, made)  # adapts the layers in place; the model around it is not used
@@ -169,13 +169,17 @@ class Sum(Update):
 
     def build(self, weight: Tensor, size: int, generator: torch.Generator) -> None:
         size = min(size, self.p)
-        self.n = -(-self.p // size)
+        self.n = self.number(size)
         a, b = self.bases(weight, size, generator)
         self.register_buffer("a", a, persistent=False)
         self.register_buffer("b", b, persistent=False)
         self.lam = nn.Parameter(torch.ones(self.n, b.shape[1] // self.n))
         self.gamma = nn.Parameter(torch.zeros(self.n, self.p))
         self.scaling = randlora.BasisBank().default_scaling(self.q, self.p, self.n) / self.mean
+
+    def number(self, size: int) -> int:
+        """How many bases there are, by default for full rank."""
+        return -(-self.p // size)
 
     @abstractmethod
     def bases(self, weight: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -187,7 +191,10 @@ class Sum(Update):
 
 
 class Averaged(Sum):
-    """RandLoRA-a (section 6.3), of rank r: ``(Σ_j B_j Λ_j)(Σ_j A_j Γ_j)``."""
+    """RandLoRA-a (section 6.3): ``(Σ_j B_j Λ_j)(Σ_j A_j Γ_j)``, of LoRA's rank and count."""
+
+    def number(self, size: int) -> int:
+        return averaged_bases(self.q, self.p, size)
 
     def bases(self, weight: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         self.mean = self.n
@@ -197,6 +204,29 @@ class Averaged(Sum):
     def delta(self) -> Tensor:
         b = (self.b.unflatten(1, self.lam.shape) * self.lam).sum(1)
         return self.scaling * (b @ (self.a * self.gamma[:, None, :]).sum(0))
+
+
+class Ternary(Sum):
+    """Both bases are sparse: an entry is ``±1`` with probability ``2 / s``, else 0 (section 6.4).
+
+    In this package ``A`` stays dense.
+    """
+
+    def __init__(
+        self, weight: Tensor, size: int, generator: torch.Generator, sparsity: int
+    ) -> None:
+        self.sparsity = sparsity
+        super().__init__(weight, size, generator)
+
+    def bases(self, weight: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        def draw(*shape: int) -> Tensor:
+            uniform = torch.rand(shape, generator=generator)
+            signs = (uniform < 1 / self.sparsity).float() - (
+                uniform > 1 - 1 / self.sparsity
+            ).float()
+            return signs * math.sqrt(self.sparsity / 2)  # of unit variance
+
+        return draw(size, self.p), draw(self.q, self.n * size)
 
 
 def singular(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,7 +291,7 @@ class Hybrid(Sum):
 
 
 def use_update(
-    model: nn.Module, names: Sequence[str], size: int, seed: int, *, kind: type[Update]
+    model: nn.Module, names: Sequence[str], size: int, seed: int, *, kind: Callable[..., Update]
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name in names:
@@ -282,6 +312,11 @@ def bases_of(out: int, into: int, size: int) -> int:
     p = min(out, into)
     size = min(size, p)
     return -(-p // size) * (size + p)
+
+
+def averaged_bases(out: int, into: int, rank: int) -> int:
+    """As many bases of this rank as train what LoRA does."""
+    return max(1, round(per_rank(out, into, rank) / (rank + min(out, into))))
 
 
 def half_rank(out: int, into: int, bases: int) -> int:
@@ -324,17 +359,19 @@ def ours(title: str, **settings: object) -> Method:
 
 def update(
     title: str,
-    kind: type[Update],
+    kind: Callable[..., Update],
     count: Callable[..., int] = bases_of,
     fixed: int | None = None,
 ) -> Method:
     return Method(title, count, partial(use_update, kind=kind), fixed)
 
 
+ZEROS = {66: 6, 93: 28, 98: 100, 99: 200}  # percent, and the sparsity s: 1 - 2 / s
 METHODS = {
     "head": Method("head only", lambda out, into, size: 0, lambda *_: None, 0),
     "full": Method("full fine-tuning", lambda o, i, size: o * i, use_full, 0),
     "lora": peft("LoRA", "LoraConfig"),
+    "lora 1": peft("LoRA, scaling 1", "LoraConfig", use_rslora=False),
     "dora": peft("DoRA", "LoraConfig", lambda o, i, size: size * (o + i) + o, use_dora=True),
     "hira": peft("HiRA", "HiraConfig"),
     "shira": peft("SHiRA", "ShiraConfig"),
@@ -352,11 +389,21 @@ METHODS = {
     "dense": ours("RandLoRA, uniform", basis="dense"),
     "normal": ours("RandLoRA, normal", basis="normal"),
     "binary": ours("RandLoRA, binary", basis="binary"),
-    "sparse 66": ours("RandLoRA, 66 % zeros", sparsity=6),
-    "sparse 93": ours("RandLoRA, 93 % zeros", sparsity=28),
-    "sparse 98": ours("RandLoRA, 98 % zeros", sparsity=100),
-    "sparse 99": ours("RandLoRA, 99 % zeros", sparsity=200),
-    "randlora a": update("RandLoRA-a", Averaged),
+    **{
+        f"sparse {zeros}": ours(f"`B` {zeros} % zeros", sparsity=sparsity)
+        for zeros, sparsity in ZEROS.items()
+    },
+    **{
+        f"ternary {zeros}": update(
+            f"`B` and `A` {zeros} % zeros", partial(Ternary, sparsity=sparsity)
+        )
+        for zeros, sparsity in ZEROS.items()
+    },
+    "randlora a": update(
+        "RandLoRA-a",
+        Averaged,
+        lambda out, into, r: averaged_bases(out, into, r) * (r + min(out, into)),
+    ),
     "randlora b": Method("RandLoRA-b", half_bases, use_half),
     "trained A": Method(
         "RandLoRA, A trained",

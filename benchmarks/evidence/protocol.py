@@ -3,8 +3,9 @@
 1. Every rate of ``RATES`` is run on a first seed, and the next one while the best is the least or
    the largest, or while none has learned anything.
 2. The rates half a step below and above the best follow.
-3. The best so far and its two neighbours are run on a second seed. The best mean on validation is
-   the rate of the method.
+3. The best so far and its two neighbours are run on a second seed. While the best mean of the two
+   is at an edge of what both have, the next rate follows on both. This mean, on validation, chooses
+   the rate of the method; of equal ones the least.
 4. This rate is run on the other seeds, and these runs are reported, on test.
 
 The tasks memory and recall have one score, since what they learn cannot be guessed.
@@ -97,10 +98,13 @@ def choose(
     if missing := lacking(wanted) or lacking(halves):
         return missing, None
     top = max((best, *halves), key=score)
-    last = [top, *beside(top, FINE)]
-    if missing := lacking(last, PILOTS):
-        return missing, None
-    return [], max(last, key=lambda rate: sum(score(rate, pilot) for pilot in PILOTS))
+    last = {top}
+    while wanted := {top, *beside(top, FINE)} - last:
+        last |= wanted
+        if missing := lacking(sorted(last), PILOTS):
+            return missing, None
+        top = max(sorted(last), key=lambda rate: sum(score(rate, pilot) for pilot in PILOTS))
+    return [], top
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,14 @@ import rank
 import seconds
 import shots
 import variants
-from common import HERE, TASKS, found, results
+from common import HERE, TASKS, found, point, read, results
 from protocol import Found, Run, Table, difference, interval
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 README = HERE / "README.md"
+DEVICES = HERE / "devices.csv"  # rows of runs that results.csv has from another device
 TITLES = {name: method.title for name, method in methods.METHODS.items()}
 
 
@@ -63,11 +64,15 @@ def score(got: Found, column: str = "test") -> str:
     return f"{mean:.3f} ± {half:.3f}"
 
 
-def signed(one: Found, other: Found) -> str:
+def signed(one: Found, other: Found, column: str = "test") -> str:
     """A difference with its 95 % interval, bold if the interval excludes 0."""
-    mean, half = difference(one, other)
+    mean, half = difference(one, other, column)
     text = f"{mean:+.3f} ± {half:.3f}"
     return f"**{text}**" if abs(mean) > half else text
+
+
+def less(one: Found | None, other: Found | None, column: str = "test") -> str:
+    return "" if one is None or other is None or one is other else signed(one, other, column)
 
 
 def trained(got: Found) -> int:
@@ -78,45 +83,46 @@ def trained(got: Found) -> int:
 
 
 def parameter_table(rows: Table, task: str) -> str:
-    """All methods on a task, the best first, beside LoRA of the task's count."""
+    """All methods on a task, the best first, beside LoRA and RandLoRA of the task's count."""
     gots = [got for one in points_of(parameters, task) if (got := found(rows, one))]
-    base = next((g for g in gots if g.point == parameters.reference(task)), None)
-    lines = []
-    for got in sorted(gots, key=lambda got: -got.mean()):
-        name = TITLES[got.point.method]
-        less = "" if base is None or got is base else signed(got, base)
-        lines.append(
-            (
-                *(name, f"{trained(got):,}", f"{got.rate:g}", score(got)),
-                f"{min(got.values().values()):.3f}",
-                *(less, f"{got.mean('kept'):.3f}"),
-            )
+    lora, ours = (
+        next((got for got in gots if got.point == point(task, name)), None)
+        for name in ("lora", "isometric")
+    )
+    lines = [
+        (
+            *(TITLES[got.point.method], f"{trained(got):,}", f"{got.rate:g}", score(got)),
+            f"{min(got.values().values()):.3f}",
+            *(less(got, lora), less(got, ours), f"{got.mean('kept'):.3f}"),
         )
-    count = f"{trained(base):,}" if base else ""
-    head = "method", "trained", "rate", "test", "worst seed", f"less LoRA of {count}", "kept"
-    return markdown(head, lines)
+        for got in sorted(gots, key=lambda got: -got.mean())
+    ]
+    count = f"{trained(lora):,}" if lora else ""
+    head = "method", "trained", "rate", "test", "worst seed"
+    return markdown((*head, f"less LoRA, {count}", "less isometric", "kept"), lines)
 
 
 def budget_table(rows: Table) -> str:
-    """RandLoRA beside LoRA at each count."""
+    """At each count, and in more steps: RandLoRA and full fine-tuning less LoRA."""
     lines = []
     for task in TASKS:
-        for count in parameters.counts(task):
-            pair = [found(rows, parameters.point(task, m, count)) for m in ("isometric", "lora")]
-            if all(pair):
-                ours, lora = pair
-                lines.append(
-                    (
-                        TASKS[task].title,
-                        f"{lora.point.size}, {ours.point.size}",
-                        f"{trained(lora):,}, {trained(ours):,}",
-                        score(lora),
-                        score(ours),
-                        signed(ours, lora),
-                    )
+        for steps in (0, longer.TIMES * TASKS[task].steps):
+            for count in parameters.counts(task):
+                lora, ours, dense, full = (
+                    found(rows, replace(point(task, method, count), steps=steps))
+                    for method in ("lora", "isometric", "dense", "full")
                 )
-    head = "task", "ranks: LoRA, RandLoRA", "trained", "LoRA", "RandLoRA, isometric", "difference"
-    return markdown(head, lines)
+                if lora and ours:
+                    lines.append(
+                        (
+                            *(TASKS[task].title, str(steps or TASKS[task].steps)),
+                            f"{trained(lora):,}",
+                            *(score(lora), *(less(got, lora) for got in (ours, dense, full))),
+                            less(ours, lora, "kept"),
+                        )
+                    )
+    head = "task", "steps", "trained", "LoRA", "isometric less LoRA", "uniform less LoRA"
+    return markdown((*head, "full fine-tuning less LoRA", "kept: isometric less LoRA"), lines)
 
 
 def question_table(question: object, names: Sequence[str], rows: Table, base: str) -> str:
@@ -136,24 +142,28 @@ def question_table(question: object, names: Sequence[str], rows: Table, base: st
 
 
 def steps_table(rows: Table) -> str:
-    """After how many steps a batch is known to a half and to nine tenths, before its own step."""
-    lines = []
-    for one in longer.compared():
+    """Keys and values: after how many steps a batch is known, before its own step."""
+    task, lines = "recall", []
+    for one in points_of(parameters, task):
         if got := found(rows, one):
             curves = np.array([row["curve"].split() for row in got.rows.values()], float)
-            steps = one.steps or TASKS[one.task].steps
             cells = []
             for share in (0.5, 0.9):
-                reached = curves.max(1) >= share
-                first = (curves >= share).argmax(1)[reached] + 1
-                when = f"{np.median(first) * steps / curves.shape[1]:.0f}" if reached.all() else ""
-                cells += [when, f"{reached.sum()} of {len(reached)}"]
-            name = TITLES[one.method]
-            lines.append(
-                (TASKS[one.task].title, name, f"{trained(got):,}", str(steps), score(got), *cells)
-            )
-    head = "task", "method", "trained", "steps", "at the end"
-    return markdown((*head, "to 50 %", "seeds", "to 90 %", "seeds"), lines)
+                first = ((curves >= share).argmax(1) + 1) * TASKS[task].steps // curves.shape[1]
+                reached = bool((curves.max(1) >= share).all())
+                cells.append(f"{np.median(first):.0f} ({min(first)}-{max(first)})" * reached)
+            lines.append((TITLES[one.method], f"{trained(got):,}", score(got), *cells))
+    return markdown(("method", "trained", "at the end", "to 50 %", "to 90 %"), lines)
+
+
+def device_table(rows: Table) -> str:
+    """Rows of ``results.csv`` from one device beside those of the same runs from another."""
+    pairs = [(row, rows[run]) for run, row in read(DEVICES, Run).items() if run in rows]
+    apart = [abs(float(one["test"]) - float(other["test"])) for one, other in pairs]
+    devices = " and ".join(row["device"] for row in pairs[0])
+    same, near = (sum(value <= most for value in apart) for most in (0, 0.011))
+    head = "devices", "runs on both", "the same score", "at most 0.011 apart", "most"
+    return markdown(head, [(devices, f"{len(apart)}", f"{same}", f"{near}", f"{max(apart):.3f}")])
 
 
 def fit_table() -> str:
@@ -257,37 +267,33 @@ def at_each_rate(rows: Table, one: Run) -> dict[float, list[dict[str, str]]]:
 
 
 def forgetting_table(rows: Table) -> str:
-    """What is kept at the best rate, and at the least one within a point of it."""
+    """At the best rate on validation, and at the least one within a point of it."""
     lines = []
     for one in forgetting.points():
         at_rate = at_each_rate(rows, one)
         if len(at_rate) < len(forgetting.RATES):
             continue
-        tests = {r: statistics.fmean(float(x["test"]) for x in got) for r, got in at_rate.items()}
-        best = max(tests, key=tests.get)
-        near = min(rate for rate in tests if tests[rate] >= tests[best] - 0.01)
+        scores = {
+            rate: statistics.fmean(float(row["validation"]) for row in got)
+            for rate, got in at_rate.items()
+        }
+        best = max(scores, key=scores.get)
+        near = min(rate for rate in scores if scores[rate] >= scores[best] - 0.01)
         cells = []
         for rate in (best, near):
             values = [[float(row[name]) for row in at_rate[rate]] for name in ("test", "kept")]
             means = (interval(of_seeds) for of_seeds in values)
             cells += [f"{rate:g}", *(f"{mean:.3f} ± {half:.3f}" for mean, half in means)]
         lines.append((TASKS[one.task].title, TITLES[one.method], *cells))
-    head = (
-        "task",
-        "method",
-        "best rate",
-        "test",
-        "kept",
-        "least rate within a point",
-        "test",
-        "kept",
-    )
+    measured = "test", "kept"
+    head = "task", "method", "best rate", *measured, "least rate within a point", *measured
     return markdown(head, lines)
 
 
 TABLES: dict[str, Callable[[Table], str]] = {
     **{f"parameters: {task}": lambda rows, t=task: parameter_table(rows, t) for task in TASKS},
     "budgets": budget_table,
+    "devices": device_table,
     "steps": steps_table,
     "rank": lambda rows: question_table(rank, rank.METHODS, rows, "lora"),
     "bases": lambda rows: question_table(bases, bases.KINDS, rows, "dense"),
@@ -323,7 +329,11 @@ def parameter_figure(rows: Table, path: Path) -> None:
         task: [g for one in points_of(parameters, task) if (g := found(rows, one))]
         for task in TASKS
     }
-    shown = {task: gots for task, gots in shown.items() if len(gots) > 3}
+    shown = {
+        task: gots
+        for task, gots in shown.items()
+        if len({got.point.size for got in gots if got.point.method == "isometric"}) > 1
+    }
     if not shown:
         return
     columns = min(4, len(shown))
