@@ -1,6 +1,6 @@
 """The rank of the update, at one count of trained parameters (the paper's table 2).
 
-LoRA has its rank, RandLoRA-a that of one basis, RandLoRA-b about half of full rank.
+LoRA and RandLoRA-a have one rank, RandLoRA-b has about half of full rank.
 
     python benchmarks/evidence/rank.py [--tasks TASK ...] [--jobs N] [--quick]
 """
