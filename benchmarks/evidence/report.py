@@ -253,41 +253,42 @@ def shots_table(rows: Table, task: str) -> str:
     return markdown(head, lines)
 
 
-def at_each_rate(rows: Table, one: Run) -> dict[float, list[dict[str, str]]]:
-    """The rows of the reported seeds, for the rates at which all of them were run."""
-    return {
-        rate: found_rows
-        for rate in forgetting.RATES
-        if all(
-            found_rows := [
-                rows.get(replace(one, rate=rate, seed=seed)) for seed in TASKS[one.task].seeds
-            ]
-        )
-    }
+def at_each_rate(rows: Table, one: Run) -> dict[float, Found]:
+    """What the reported seeds gave, for the rates at which all of them were run."""
+    seeds, at_rate = TASKS[one.task].seeds, {}
+    for rate in forgetting.RATES:
+        of_seeds = {seed: rows.get(replace(one, rate=rate, seed=seed)) for seed in seeds}
+        if all(of_seeds.values()):
+            at_rate[rate] = Found(one, rate, of_seeds)
+    return at_rate
 
 
 def forgetting_table(rows: Table) -> str:
-    """At the best rate on validation, and at the least one within a point of it."""
+    """At the best rate on validation, and at the least that is as good there as LoRA's best."""
     lines = []
-    for one in forgetting.points():
-        at_rate = at_each_rate(rows, one)
-        if len(at_rate) < len(forgetting.RATES):
+    for task in dict.fromkeys(one.task for one in forgetting.points()):
+        at = {one.method: at_each_rate(rows, one) for one in points_of(forgetting, task)}
+        if any(len(at_rate) < len(forgetting.RATES) for at_rate in at.values()):
             continue
         scores = {
-            rate: statistics.fmean(float(row["validation"]) for row in got)
-            for rate, got in at_rate.items()
+            name: {rate: got.mean("validation") for rate, got in at_rate.items()}
+            for name, at_rate in at.items()
         }
-        best = max(scores, key=scores.get)
-        near = min(rate for rate in scores if scores[rate] >= scores[best] - 0.01)
-        cells = []
-        for rate in (best, near):
-            values = [[float(row[name]) for row in at_rate[rate]] for name in ("test", "kept")]
-            means = (interval(of_seeds) for of_seeds in values)
-            cells += [f"{rate:g}", *(f"{mean:.3f} ± {half:.3f}" for mean, half in means)]
-        lines.append((TASKS[one.task].title, TITLES[one.method], *cells))
+        best = {name: max(of_rate, key=of_rate.get) for name, of_rate in scores.items()}
+        lora = at["lora"][best["lora"]]
+        for name, of_rate in scores.items():
+            wanted = scores["lora"][best["lora"]]
+            enough = [rate for rate in of_rate if of_rate[rate] >= wanted]
+            cells = []
+            for rate in (best[name], *enough[:1]):
+                got = at[name][rate]
+                cells += [f"{rate:g}", score(got), score(got, "kept")]
+            if enough:
+                cells.append(less(at[name][enough[0]], lora, "kept"))
+            lines.append((TASKS[task].title, TITLES[name], *cells))
     measured = "test", "kept"
-    head = "task", "method", "best rate", *measured, "least rate within a point", *measured
-    return markdown(head, lines)
+    head = "task", "method", "best rate", *measured, "least rate as good as LoRA", *measured
+    return markdown((*head, "kept, less LoRA's best"), lines)
 
 
 TABLES: dict[str, Callable[[Table], str]] = {
@@ -487,10 +488,7 @@ def forgetting_figure(rows: Table, path: Path) -> None:
         for one, at_rate in shown.items():
             if one.task != task:
                 continue
-            test, kept = (
-                [statistics.fmean(float(row[name]) for row in got) for got in at_rate.values()]
-                for name in ("test", "kept")
-            )
+            test, kept = ([got.mean(name) for got in at_rate.values()] for name in ("test", "kept"))
             (line,) = panel.plot(test, kept, "o-", color=COLORS[one.method], ms=3)
             line.set_label(TITLES[one.method])
         panel.set(title=TASKS[task].title, xlabel="accuracy, learned", ylabel="accuracy, kept")
