@@ -183,18 +183,23 @@ def fit_table() -> str:
     return markdown(("target", "size", *(TITLES[form] for form in fits.FORMS)), lines)
 
 
-def seconds_table() -> str:
-    """What a step takes, of full fine-tuning's: the ratio of the medians over the rounds."""
+def seconds_table(rows: Table) -> str:
+    """The medians of a step over the rounds, of full fine-tuning's, and the scores."""
     times: dict[tuple[str, str], list[float]] = {}
     for row in read_csv(seconds.TIMES):
-        times.setdefault((row["method"], row["task"]), []).append(float(row["seconds"]))
+        times.setdefault((row["task"], row["method"]), []).append(float(row["seconds"]))
     medians = {key: statistics.median(values) for key, values in times.items()}
-    tasks = list(dict.fromkeys(task for _, task in medians))
-    lines = [
-        (TITLES[name], *(f"{medians[name, t] / medians['full', t]:.2f}" for t in tasks))
-        for name in dict.fromkeys(name for name, _ in medians)
-    ]
-    return markdown(("method", *(TASKS[task].title for task in tasks)), lines)
+    tasks = list(dict.fromkeys(task for task, _ in medians))
+    lines = []
+    for name in dict.fromkeys(name for _, name in medians):
+        cells = []
+        for task in tasks:
+            got = found(rows, point(task, name))
+            ratio = f"{medians[task, name] / medians[task, 'full']:.2f}"
+            cells += [ratio, f"{got.mean():.3f}" if got else ""]
+        lines.append((TITLES[name], *cells))
+    head = [one for task in tasks for one in (f"{TASKS[task].title}: step", "score")]
+    return markdown(("method", *head), lines)
 
 
 def check_counts() -> None:
@@ -210,30 +215,34 @@ def check_counts() -> None:
 
 
 def alignment_table() -> str:
-    """Per task and method: CKA with the fine-tuned model, of all layers and of the last four."""
+    """Per task and method: CKA with the fine-tuned model, and the size of what changed."""
     lines, found_rows = [], read_csv(landscape.CKA)
     for task in dict.fromkeys(row["task"] for row in found_rows):
+        seeds = list(dict.fromkeys(row["seed"] for row in found_rows if row["task"] == task))
+        of_lora: list[float] = []
         for way in ("start", "lora", "isometric", "full"):
-            of_way = [r for r in found_rows if (r["task"], r["method"]) == (task, way)]
-            if not of_way:
-                continue
-            names = list(dict.fromkeys(row["layer"] for row in of_way))
-            columns = {
-                name: [float(row[name]) for row in of_way]
+            means = {  # over the layers, of each seed
+                name: [
+                    statistics.fmean(
+                        float(row[name])
+                        for row in found_rows
+                        if (row["task"], row["method"], row["seed"]) == (task, way, seed)
+                    )
+                    for seed in seeds
+                ]
                 for name in ("cka", "spectral", "frobenius")
             }
-            last = [float(row["cka"]) for row in of_way if row["layer"] in names[-4:]]
-            lines.append(
-                (
-                    TASKS[task].title,
-                    {"start": "before", **TITLES}[way],
-                    f"{statistics.fmean(columns['cka']):.3f}",
-                    f"{statistics.fmean(last):.3f}",
-                    f"{statistics.fmean(columns['spectral']):.2f}",
-                    f"{statistics.fmean(columns['frobenius']):.2f}",
-                )
-            )
-    head = "task", "model", "CKA", "of the last four layers", "ΔW, spectral", "ΔW, Frobenius"
+            text = f"{statistics.fmean(means['cka']):.3f}"
+            if way == "lora":
+                of_lora = means["cka"]
+            if way == "isometric":
+                apart = [one - other for one, other in zip(means["cka"], of_lora, strict=True)]
+                mean, half = interval(apart) if len(apart) > 1 else (apart[0], None)
+                text += f" ({mean:+.3f}" + (")" if half is None else f" ± {half:.3f})")
+            sizes = (f"{statistics.fmean(means[name]):.2f}" for name in ("spectral", "frobenius"))
+            title = {"start": "before", **TITLES}[way]
+            lines.append((TASKS[task].title, f"{len(seeds)}", title, text, *sizes))
+    head = "task", "seeds", "model", "CKA (less LoRA)", "ΔW, spectral", "ΔW, Frobenius"
     return markdown(head, lines)
 
 
@@ -301,7 +310,7 @@ TABLES: dict[str, Callable[[Table], str]] = {
     "variants": lambda rows: question_table(variants, variants.FORMS, rows, "isometric"),
     "fits": lambda rows: fit_table(),
     "alignment": lambda rows: alignment_table(),
-    "seconds": lambda rows: seconds_table(),
+    "seconds": seconds_table,
     "forgetting": forgetting_table,
     "shots: fashion": lambda rows: shots_table(rows, "fashion"),
     "shots: glosses": lambda rows: shots_table(rows, "glosses"),
