@@ -30,8 +30,8 @@ BUDGETS = {
     "glosses": (4,),
     "memory": (4, 64),
     "recall": (4,),
-    "language": (4,),
-    "words": (4,),
+    "language": (),
+    "words": (),
 }
 UNIFORM = ("digits", "fashion")  # where uniform bases are compared at these ranks too
 TRAINED_A = {"digits": 14, "fashion": 14, "memory": 16}  # it cannot have far fewer
