@@ -423,6 +423,11 @@ def every(tasks: Iterable[str], names: Iterable[str]) -> list[Run]:
     return [point(task, name) for task, name in itertools.product(tasks, names)]
 
 
+def before(task: str) -> list[Run]:
+    """The model before it is adapted: one step at rate 0, on the seeds that are reported."""
+    return [Run(task, "full", 0, 0.0, seed, steps=1) for seed in TASKS[task].seeds]
+
+
 # --- running -------------------------------------------------------------------------------------
 
 MEASURED = "trained", "validation", "test", "kept", "seconds", "curve", "device"
@@ -452,10 +457,13 @@ def perform(run: Run, device: torch.device) -> dict[str, Any]:
     }
 
 
-def answer(points: Iterable[Run], doc: str | None, rates: Sequence[float] = ()) -> None:
+def answer(
+    points: Iterable[Run], doc: str | None, rates: Sequence[float] = (), runs: Iterable[Run] = ()
+) -> None:
     """The command line of a question: run what the results lack, for all points.
 
-    With ``rates`` none is chosen: all of them are run on the seeds that are reported.
+    With ``rates`` none is chosen: all of them are run on the seeds that are reported. ``runs`` come
+    beside the points.
     """
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
@@ -468,7 +476,10 @@ def answer(points: Iterable[Run], doc: str | None, rates: Sequence[float] = ()) 
     )
     options = parser.parse_args()
     chosen = options.methods or methods.METHODS
-    points = [one for one in points if one.task in options.tasks and one.method in chosen]
+    points, runs = (
+        [one for one in ones if one.task in options.tasks and one.method in chosen]
+        for ones in (points, runs)
+    )
     if not points:
         parser.error("no point of this question has such a task and method")
     settings: dict[str, Any] = {}
@@ -478,6 +489,7 @@ def answer(points: Iterable[Run], doc: str | None, rates: Sequence[float] = ()) 
         options.csv = Path(tempfile.mkdtemp()) / "quick.csv"
 
     def lacking(rows: Table) -> Iterator[Run]:
+        yield from () if options.quick else runs
         for one in points:
             seeds = TASKS[one.task].seeds[: 2 if options.quick else None]
             if rates:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import randlora
 
 FITS = HERE / "fits.csv"
-COLUMNS = "target", "out", "in", "lora", "form", "size", "count", "share"
+COLUMNS = "target", "rate", "out", "in", "lora", "form", "size", "count", "share"
 SIDE = 384
 RANKS = (4, 16)  # of LoRA, whose count the forms share
 
@@ -179,8 +179,10 @@ def differences(task: str, rate: float) -> Iterator[tuple[str, Tensor]]:
 # --- the rows ------------------------------------------------------------------------------------
 
 
-def rows_of(name: str, target: Tensor, ranks: tuple[int, ...]) -> Iterator[dict[str, object]]:
-    """The shares that the forms reach of a target, at each count."""
+def rows_of(
+    name: str, target: Tensor, ranks: tuple[int, ...], rate: str = ""
+) -> Iterator[dict[str, object]]:
+    """The shares that the forms reach of a target, at each count; the rate at which it was made."""
     tall = target if target.shape[0] >= target.shape[1] else target.T
     shape = tuple(tall.shape)
     for rank in ranks:
@@ -193,7 +195,7 @@ def rows_of(name: str, target: Tensor, ranks: tuple[int, ...]) -> Iterator[dict[
             yield dict(
                 zip(
                     COLUMNS,
-                    (name, *target.shape, rank, form, size, count, f"{1 - error.item():.4f}"),
+                    (name, rate, *target.shape, rank, form, size, count, f"{1 - error.item():.4f}"),
                     strict=True,
                 )
             )
@@ -211,26 +213,27 @@ def main() -> None:
     done = set()
     if options.csv.exists():
         with options.csv.open(newline="") as file:
-            done = {row["target"] for row in csv.DictReader(file)}
+            done = {(row["target"], row["rate"]) for row in csv.DictReader(file)}
     rows = results()
     with options.csv.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if not options.csv.stat().st_size:
             writer.writeheader()
 
-        def add(name: str, target: Tensor) -> None:
-            if name not in done:
-                writer.writerows(rows_of(name, target, RANKS))
+        def add(name: str, target: Tensor, rate: str = "") -> None:
+            if (name, rate) not in done:
+                writer.writerows(rows_of(name, target, RANKS, rate))
                 file.flush()
 
         for name, target in made():
             add(name, target)
         for task in tqdm(REAL, desc="tasks"):
-            chosen = found(rows, point(task, "full"))
-            names = {f"{TASKS[task].title}: {part}" for part in REAL[task]}
-            if chosen and not names <= done:
-                for name, target in differences(task, chosen.rate):
-                    add(name, target)
+            if chosen := found(rows, point(task, "full")):
+                rate = f"{chosen.rate:g}"
+                names = {(f"{TASKS[task].title}: {part}", rate) for part in REAL[task]}
+                if not names <= done:
+                    for name, target in differences(task, chosen.rate):
+                        add(name, target, rate)
 
 
 if __name__ == "__main__":

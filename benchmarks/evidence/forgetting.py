@@ -15,6 +15,7 @@ from common import answer, every
 from protocol import FINE
 
 RATES = [rate for rate in FINE if 3e-4 <= rate <= 1e-2]
+COMPARED = (1e-3, 2e-3, 3e-3)  # of LoRA: more is forgotten than learned at larger ones
 NAMES = ("lora", "isometric", "full")
 points = partial(every, ("digits", "fashion"), NAMES)
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 CKA, PLANE = HERE / "cka.csv", HERE / "plane.csv"
 WAYS = ("full", "lora", "isometric")
 SEEDS = {"digits": range(5), "fashion": range(5), "memory": range(1)}
-COLUMNS = "task", "seed", "method", "layer", "cka", "spectral", "frobenius"
+COLUMNS = "task", "seed", "method", "rate", "layer", "cka", "spectral", "frobenius"
 STEPS_X, STEPS_Y = 21, 17
 Inputs = tuple[Tensor, ...]
 
@@ -131,22 +131,30 @@ def main() -> None:
     done = set()
     if CKA.exists() and not options.quick:
         with CKA.open(newline="") as file:
-            done = {(row["task"], int(row["seed"])) for row in csv.DictReader(file)}
+            done = {
+                (row["task"], int(row["seed"]), row["method"], row["rate"])
+                for row in csv.DictReader(file)
+            }
     for task, seed in tqdm(wanted, desc="seeds"):
         chosen = {way: found(rows, point(task, way)) for way in WAYS}
-        if (task, seed) in done or not (options.quick or all(chosen.values())):
-            continue
+        rates = dict.fromkeys(WAYS, 1e-3)
+        if not options.quick:
+            if not all(chosen.values()):
+                continue
+            rates = {way: chosen[way].rate for way in WAYS}
+            if {(task, seed, way, f"{rate:g}") for way, rate in rates.items()} <= done:
+                continue
         start, first, labels, second = inputs(task, seed)
         ways = {}
         for way in WAYS:
-            rate = 1e-3 if options.quick else chosen[way].rate
-            run = Run(task, way, point(task, way).size, rate, seed)
+            run = Run(task, way, point(task, way).size, rates[way], seed)
             steps = 10 if options.quick else TASKS[task].steps
             ways[way] = effective(start, TASKS[task].perform(run, torch.device("cpu"), steps).model)
         reference = outputs(ways["full"], second)
         aligned = [
             (
-                *(task, seed, way, name, f"{alignment(output, reference[name]):.4f}"),
+                *(task, seed, way, f"{rates.get(way, 0):g}", name),
+                f"{alignment(output, reference[name]):.4f}",
                 *(f"{size:.4f}" for size in norms(start, model, name)),
             )
             for way, model in {"start": start, **ways}.items()
@@ -156,8 +164,8 @@ def main() -> None:
         if options.quick:
             print(*aligned, sep="\n")
             break
-        append(CKA, COLUMNS, aligned)
         append(PLANE, ("task", "x", "y", "loss"), ((task, *one) for one in points))
+        append(CKA, COLUMNS, aligned)  # at the end: it says what is done
 
 
 def append(path: Path, names: tuple[str, ...], rows: object) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from common import TASKS, answer, every, point
+from common import TASKS, answer, before, every, point
 from protocol import Run
 
 # Of texts a run takes longest, so fewer methods are compared there.
@@ -19,7 +19,7 @@ METHODS = {
     "fashion": (*EVERY, "head"),
     "glosses": (*COMPARED, "full", "head"),
     "memory": (*EVERY, "prompt"),
-    "recall": (*COMPARED, "full", "dora", "hira", "shira", "kradapter"),
+    "recall": (*COMPARED, "full"),
     "language": ("lora", "isometric", "full"),
     "words": ("lora", "isometric", "full"),
 }
@@ -53,4 +53,4 @@ def points() -> Iterator[Run]:
 
 
 if __name__ == "__main__":
-    answer(points(), __doc__)
+    answer(points(), __doc__, runs=[run for task in METHODS for run in before(task)])

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -29,7 +31,7 @@ import rank
 import seconds
 import shots
 import variants
-from common import HERE, TASKS, found, point, read, results
+from common import HERE, TASKS, before, found, point, read, results
 from protocol import Found, Run, Table, difference, interval
 
 mpl.use("Agg")
@@ -65,8 +67,13 @@ def score(got: Found, column: str = "test") -> str:
 
 
 def signed(one: Found, other: Found, column: str = "test") -> str:
+    return bold(*difference(one, other, column))
+
+
+def bold(mean: float, half: float) -> str:
     """A difference with its 95 % interval, bold if the interval excludes 0."""
-    mean, half = difference(one, other, column)
+    if not math.isfinite(mean):
+        return "–"
     text = f"{mean:+.3f} ± {half:.3f}"
     return f"**{text}**" if abs(mean) > half else text
 
@@ -97,6 +104,10 @@ def parameter_table(rows: Table, task: str) -> str:
         )
         for got in sorted(gots, key=lambda got: -got.mean())
     ]
+    start = [rows.get(run) for run in before(task)]
+    if all(start):
+        got = Found(start[0], 0.0, dict(enumerate(start)))
+        lines.append(("before", "", "", score(got), "", "", "", f"{got.mean('kept'):.3f}"))
     count = f"{trained(lora):,}" if lora else ""
     head = "method", "trained", "rate", "test", "worst seed"
     return markdown((*head, f"less LoRA, {count}", "less isometric", "kept"), lines)
@@ -121,7 +132,7 @@ def budget_table(rows: Table) -> str:
                             less(ours, lora, "kept"),
                         )
                     )
-    head = "task", "steps", "trained", "LoRA", "isometric less LoRA", "uniform less LoRA"
+    head = "task", "steps", "LoRA trains", "LoRA", "isometric less LoRA", "uniform less LoRA"
     return markdown((*head, "full fine-tuning less LoRA", "kept: isometric less LoRA"), lines)
 
 
@@ -159,7 +170,7 @@ def steps_table(rows: Table) -> str:
 def device_table(rows: Table) -> str:
     """Rows of ``results.csv`` from one device beside those of the same runs from another."""
     pairs = [(row, rows[run]) for run, row in read(DEVICES, Run).items() if run in rows]
-    apart = [abs(float(one["test"]) - float(other["test"])) for one, other in pairs]
+    apart = [abs(float(one["validation"]) - float(other["validation"])) for one, other in pairs]
     devices = " and ".join(row["device"] for row in pairs[0])
     same, near = (sum(value <= most for value in apart) for most in (0, 0.011))
     head = "devices", "runs on both", "the same score", "at most 0.011 apart", "most"
@@ -212,6 +223,20 @@ def check_counts() -> None:
                 others = [methods.total("lora", shapes, r) for r in parameters.counts(one.task)]
                 if all(abs(count / other - 1) > 0.05 for other in others):
                     raise SystemExit(f"{one} trains {count:,}, LoRA {others}")
+
+
+def check_rates(rows: Table) -> None:
+    """Exit if a model was looked at that was adapted at another rate than the one now chosen."""
+    wanted = {(row["task"], row["method"], row["rate"]) for row in read_csv(landscape.CKA)}
+    wanted = {one for one in wanted if one[1] != "start"}
+    titles = {task.title: name for name, task in TASKS.items()}
+    for row in read_csv(fits.FITS):
+        if row["rate"]:
+            wanted.add((titles[row["target"].split(":")[0]], "full", row["rate"]))
+    for task, method, rate in sorted(wanted):
+        got = found(rows, point(task, method))
+        if got is None or f"{got.rate:g}" != rate:
+            raise SystemExit(f"cka.csv, plane.csv or fits.csv: {task}, {method} is of rate {rate}")
 
 
 def alignment_table() -> str:
@@ -272,32 +297,48 @@ def at_each_rate(rows: Table, one: Run) -> dict[float, Found]:
     return at_rate
 
 
+def kept_at(accuracy: float, at_rate: dict[float, Found], seed: int) -> float:
+    """What a method keeps in this seed where it first learns so much, the rates from the least.
+
+    Linear between two rates. Not a number if it learns less at all of them.
+    """
+    curve = [
+        tuple(float(got.rows[seed][name]) for name in ("test", "kept")) for got in at_rate.values()
+    ]
+    if curve[0][0] >= accuracy:
+        return curve[0][1]
+    for (low, kept), (high, then) in itertools.pairwise(curve):
+        if high >= accuracy:
+            return kept + (then - kept) * (accuracy - low) / (high - low)
+    return math.nan
+
+
 def forgetting_table(rows: Table) -> str:
-    """At the best rate on validation, and at the least that is as good there as LoRA's best."""
+    """At the best rate on validation; and less LoRA, at the accuracies of LoRA at some rates."""
     lines = []
     for task in dict.fromkeys(one.task for one in forgetting.points()):
         at = {one.method: at_each_rate(rows, one) for one in points_of(forgetting, task)}
         if any(len(at_rate) < len(forgetting.RATES) for at_rate in at.values()):
             continue
-        scores = {
-            name: {rate: got.mean("validation") for rate, got in at_rate.items()}
-            for name, at_rate in at.items()
-        }
-        best = {name: max(of_rate, key=of_rate.get) for name, of_rate in scores.items()}
-        lora = at["lora"][best["lora"]]
-        for name, of_rate in scores.items():
-            wanted = scores["lora"][best["lora"]]
-            enough = [rate for rate in of_rate if of_rate[rate] >= wanted]
+        for name, at_rate in at.items():
+            best = max(at_rate.values(), key=lambda got: got.mean("validation"))
             cells = []
-            for rate in (best[name], *enough[:1]):
-                got = at[name][rate]
-                cells += [f"{rate:g}", score(got), score(got, "kept")]
-            if enough:
-                cells.append(less(at[name][enough[0]], lora, "kept"))
-            lines.append((TASKS[task].title, TITLES[name], *cells))
-    measured = "test", "kept"
-    head = "task", "method", "best rate", *measured, "least rate as good as LoRA", *measured
-    return markdown((*head, "kept, less LoRA's best"), lines)
+            for rate in forgetting.COMPARED:
+                lora = at["lora"][rate]
+                apart = [
+                    kept_at(float(row["test"]), at_rate, seed) - float(row["kept"])
+                    for seed, row in lora.rows.items()
+                ]
+                cells.append("" if name == "lora" else bold(*interval(apart)))
+            lines.append(
+                (
+                    *(TASKS[task].title, TITLES[name], f"{best.rate:g}", score(best)),
+                    *(score(best, "kept"), *cells),
+                )
+            )
+    head = "task", "method", "best rate", "test", "kept"
+    at_lora = (f"kept, less LoRA at {rate:g}" for rate in forgetting.COMPARED)
+    return markdown((*head, *at_lora), lines)
 
 
 TABLES: dict[str, Callable[[Table], str]] = {
@@ -375,10 +416,11 @@ def parameter_figure(rows: Table, path: Path) -> None:
                     got.mean(),
                     linestyle="",
                     marker="v^<>dPX*phD"[place % 11],
-                    color=f"C{2 + place % 8}",
+                    color=mpl.colormaps["tab20"](place % 20),
                     label=TITLES[got.point.method],
                 )
         panel.set(xscale="log", title=TASKS[task].title, xlabel="trained parameters")
+        panel.set_ylabel("minus the loss" if task == "language" else "accuracy")
         panel.xaxis.set_minor_formatter("")
         panel.grid(alpha=0.3)
     for panel in axes.flat[len(shown) :]:
@@ -520,6 +562,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
     options = parser.parse_args()
     check_counts()
+    check_rates(results())
     text = README.read_text()
     if options.check:
         if filled(text) != text:
