@@ -111,6 +111,17 @@ def test_the_rate_is_the_best_of_two_seeds_and_the_others_are_reported():
     assert found.values() == {0: 0, 1: 1}
 
 
+def test_what_is_kept_is_compared_where_as_much_is_learned():
+    curve = [
+        protocol.Found(POINT, rate, {0: {"test": test, "kept": kept}})
+        for rate, test, kept in [(1e-3, "0.5", "0.9"), (2e-3, "0.7", "0.5"), (3e-3, "0.6", "0.1")]
+    ]
+    assert protocol.kept_at(0.4, curve, 0) == 0.9
+    assert protocol.kept_at(0.6, curve, 0) == pytest.approx(0.7)  # not where it falls again
+    assert protocol.kept_at(0.7, curve, 0) == 0.5
+    assert math.isnan(protocol.kept_at(0.8, curve, 0))
+
+
 def test_an_interval_is_students():
     """Of 1, 2, 3, 4, 5: mean 3, error √(2.5 / 5), quantile 2.776 for 4 degrees of freedom."""
     mean, half = protocol.interval([1.0, 2.0, 3.0, 4.0, 5.0])

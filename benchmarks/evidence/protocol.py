@@ -13,6 +13,7 @@ The tasks memory and recall have one score, since what they learn cannot be gues
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import sys
@@ -147,3 +148,19 @@ def difference(one: Found, other: Found, column: str = "test") -> tuple[float, f
     """Of ``one`` less ``other``, paired by seed."""
     left, right = one.values(column), other.values(column)
     return interval([left[seed] - right[seed] for seed in left])
+
+
+def kept_at(score: float, curve: Iterable[Found], seed: int) -> float:
+    """What a method keeps in this seed where its test first reaches a score.
+
+    ``curve`` is what its rates gave, the least first; linear between two of them. Not a number if
+    it reaches less at all of them.
+    """
+    rows = [got.rows[seed] for got in curve]
+    points = [(float(row["test"]), float(row["kept"])) for row in rows]
+    if points[0][0] >= score:
+        return points[0][1]
+    for (low, kept), (high, then) in itertools.pairwise(points):
+        if high >= score:
+            return kept + (then - kept) * (score - low) / (high - low)
+    return math.nan

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import itertools
 import math
 import re
 import statistics
@@ -32,7 +31,7 @@ import seconds
 import shots
 import variants
 from common import HERE, TASKS, before, found, point, read, results
-from protocol import Found, Run, Table, difference, interval
+from protocol import Found, Run, Table, difference, interval, kept_at
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -297,22 +296,6 @@ def at_each_rate(rows: Table, one: Run) -> dict[float, Found]:
     return at_rate
 
 
-def kept_at(accuracy: float, at_rate: dict[float, Found], seed: int) -> float:
-    """What a method keeps in this seed where it first learns so much, the rates from the least.
-
-    Linear between two rates. Not a number if it learns less at all of them.
-    """
-    curve = [
-        tuple(float(got.rows[seed][name]) for name in ("test", "kept")) for got in at_rate.values()
-    ]
-    if curve[0][0] >= accuracy:
-        return curve[0][1]
-    for (low, kept), (high, then) in itertools.pairwise(curve):
-        if high >= accuracy:
-            return kept + (then - kept) * (accuracy - low) / (high - low)
-    return math.nan
-
-
 def forgetting_table(rows: Table) -> str:
     """At the best rate on validation; and less LoRA, at the accuracies of LoRA at some rates."""
     lines = []
@@ -326,7 +309,7 @@ def forgetting_table(rows: Table) -> str:
             for rate in forgetting.COMPARED:
                 lora = at["lora"][rate]
                 apart = [
-                    kept_at(float(row["test"]), at_rate, seed) - float(row["kept"])
+                    kept_at(float(row["test"]), at_rate.values(), seed) - float(row["kept"])
                     for seed, row in lora.rows.items()
                 ]
                 cells.append("" if name == "lora" else bold(*interval(apart)))
