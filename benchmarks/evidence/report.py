@@ -270,10 +270,10 @@ def alignment_table() -> str:
     return markdown(head, lines)
 
 
-def shots_table(rows: Table, task: str) -> str:
+def shots_table(rows: Table) -> str:
     names, lines = shots.NAMES, []
     for count in shots.SHOTS:
-        gots = {name: found(rows, shots.case(task, name, count)) for name in names}
+        gots = {name: found(rows, shots.case(name, count)) for name in names}
         if all(gots.values()):
             lines.append(
                 (
@@ -336,8 +336,7 @@ TABLES: dict[str, Callable[[Table], str]] = {
     "alignment": lambda rows: alignment_table(),
     "seconds": seconds_table,
     "forgetting": forgetting_table,
-    "shots: fashion": lambda rows: shots_table(rows, "fashion"),
-    "shots: glosses": lambda rows: shots_table(rows, "glosses"),
+    "shots": shots_table,
 }
 
 
@@ -491,21 +490,17 @@ def landscape_figure(rows: Table, path: Path) -> None:
 def shots_figure(rows: Table, path: Path) -> None:
     if not any(found(rows, one) for one in shots.points() if one.shots):
         return
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for panel, task in zip(axes, shots.TASKS, strict=True):
-        for method in ("head", "lora", "isometric", "full"):
-            gots = [found(rows, shots.case(task, method, count)) for count in shots.SHOTS]
-            shown = [(place, got) for place, got in enumerate(gots) if got]
-            if shown:
-                places, gots = zip(*shown, strict=True)
-                scores = np.array([interval(list(got.values().values())) for got in gots]).T
-                panel.errorbar(
-                    places, *scores, color=COLORS[method], marker="o", label=TITLES[method]
-                )
-        panel.set_xticks(range(len(shots.SHOTS)), [s or "all" for s in shots.SHOTS])
-        panel.set(title=TASKS[task].title, xlabel="examples of a class", ylabel="accuracy")
-        panel.legend(fontsize=7)
-        panel.grid(alpha=0.3)
+    figure, panel = plt.subplots(figsize=(5.4, 3.6), layout="constrained")
+    for method in ("head", "lora", "isometric", "full"):
+        gots = [found(rows, shots.case(method, count)) for count in shots.SHOTS]
+        if shown := [(place, got) for place, got in enumerate(gots) if got]:
+            places, gots = zip(*shown, strict=True)
+            scores = np.array([interval(list(got.values().values())) for got in gots]).T
+            panel.errorbar(places, *scores, color=COLORS[method], marker="o", label=TITLES[method])
+    panel.set_xticks(range(len(shots.SHOTS)), [s or "all" for s in shots.SHOTS])
+    panel.set(title=TASKS[shots.TASK].title, xlabel="examples of a class", ylabel="accuracy")
+    panel.legend(fontsize=7)
+    panel.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 
