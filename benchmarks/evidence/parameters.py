@@ -17,7 +17,7 @@ EVERY = (*COMPARED, "full", "lora 1", "dora", "hira", "shira", "vera", "nola", "
 METHODS = {
     "digits": (*EVERY, "head"),
     "fashion": (*EVERY, "head"),
-    "glosses": (*COMPARED, "full", "head"),
+    "glosses": ("lora", "isometric", "full", "head"),
     "memory": (*EVERY, "prompt"),
     "recall": (*COMPARED, "full"),
     "language": ("lora", "isometric", "full"),
