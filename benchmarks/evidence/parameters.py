@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from common import TASKS, answer, before, every, point
 from protocol import Run
 
-# Of texts a run takes longest, so fewer methods are compared there.
 COMPARED = ("lora", "isometric", "dense")
 EVERY = (*COMPARED, "full", "lora 1", "dora", "hira", "shira", "vera", "nola", "kradapter")
+# Of texts a run takes longest, so fewer methods are compared there.
 METHODS = {
     "digits": (*EVERY, "head"),
     "fashion": (*EVERY, "head"),
