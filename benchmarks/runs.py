@@ -6,6 +6,7 @@ A run is a frozen dataclass. Its fields identify a row, further columns hold wha
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -64,16 +65,22 @@ def perform_all(
     that fails does not stop the others; at the end the first error is raised.
     """
     cut_last_line(path)
+    columns = [*(f.name for f in fields(kind)), *measured]
+    with path.open(newline="") if path.exists() else io.StringIO() as file:
+        header = next(csv.reader(file), columns)
+    if header != columns:
+        raise ValueError(
+            f"{path.name} must have the columns {columns} to be added to, got {header}"
+        )
     rows, failed = read(path, kind), {}
     threads = max(1, torch.get_num_threads() // jobs)
-    names = [f.name for f in fields(kind)]
     futures: dict[Future[dict[str, Any]], R] = {}
     with (
         path.open("a", newline="") as file,
         ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool,
         tqdm(desc="runs", total=0, smoothing=0) as bar,
     ):
-        writer = csv.DictWriter(file, [*names, *measured])
+        writer = csv.DictWriter(file, columns)
         if not path.stat().st_size:
             writer.writeheader()
             file.flush()

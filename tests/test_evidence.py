@@ -9,7 +9,12 @@ from torch import nn
 
 from tests.support.benchmarks import imported
 
-with imported("methods") as methods, imported("protocol") as protocol, imported("runs") as runs:
+with (
+    imported("methods") as methods,
+    imported("protocol") as protocol,
+    imported("common") as common,
+    imported("runs") as runs,
+):
     pass
 
 SHAPES = [(24, 40), (40, 24), (24, 24)]  # as in a transformer: wide, tall, square
@@ -122,6 +127,19 @@ def test_what_is_kept_is_compared_where_as_much_is_learned():
     assert math.isnan(protocol.kept_at(0.8, curve, 0))
 
 
+@pytest.mark.parametrize(
+    ("rate", "head", "moved"), [(0.0, 0.1, {"head"}), (0.1, 0.0, {"0", "head"})]
+)
+def test_a_head_has_a_rate_of_its_own_or_that_of_the_method(rate, head, moved):
+    model = nn.Sequential(nn.Linear(3, 3))
+    model.add_module("head", nn.Linear(3, 2))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    common.train(model, (model(x).square().sum() for _ in range(3)), 3, rate, head)
+    after = dict(model.named_parameters())
+    assert {n.split(".")[0] for n in before if not torch.equal(before[n], after[n])} == moved
+
+
 def test_an_interval_is_students():
     """Of 1, 2, 3, 4, 5: mean 3, error √(2.5 / 5), quantile 2.776 for 4 degrees of freedom."""
     mean, half = protocol.interval([1.0, 2.0, 3.0, 4.0, 5.0])
@@ -156,6 +174,16 @@ def test_runs_go_on_where_they_stopped(tmp_path):
     rows = runs.read(path, Small)
     assert [rows[run]["square"] for run in wanted] == ["1", "4", "4"]
     assert len(path.read_text().splitlines()) == 4  # a header, and each run once
+
+
+def test_rows_are_not_added_under_other_columns(tmp_path):
+    """A file from before a field was added can be read, and must be given the column first."""
+    path = tmp_path / "rows.csv"
+    path.write_text(text := "size,square\n3,9\n")
+    assert runs.read(path, Small)[Small(3)]["square"] == "9"
+    with pytest.raises(ValueError, match="must have the columns"):
+        runs.perform_all(lambda rows: [Small(2)], Small, square, ["square"], path)
+    assert path.read_text() == text
 
 
 def test_a_run_that_fails_does_not_stop_the_others_and_a_cut_line_is_written_anew(tmp_path):

@@ -70,11 +70,19 @@ class Outcome(NamedTuple):
     curve: Sequence[Tensor] = ()
 
 
-def train(model: nn.Module, losses: Iterable[Tensor], steps: int, rate: float) -> float:
-    """Train, and return the median of the seconds of a step."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
+def train(
+    model: nn.Module, losses: Iterable[Tensor], steps: int, rate: float, head: float = 0.0
+) -> float:
+    """Train, the head at a rate of its own if there is one; return the median seconds of a step."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    of_head, others = (
+        [p for name, p in named if name.startswith("head.") is where] for where in (True, False)
+    )
+    rates = (head or rate), rate
+    optimiser = torch.optim.AdamW(
+        [{"params": of_head}, {"params": others}], lr=rate, weight_decay=0.01
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rates, total_steps=steps)
     ends = [time.perf_counter()]
     for loss in losses:
         optimiser.zero_grad()
@@ -132,7 +140,8 @@ def images(run: Run, device: torch.device, steps: int, fashion: bool) -> Outcome
     model.head.requires_grad_(True)
     places = few(data["train"].labels, run.shots, run.seed)
     split = finetune.Split(data["train"].images[places], data["train"].labels[places])
-    seconds = train(model, image_losses(model, split, steps, run.seed), steps, run.rate)
+    losses = image_losses(model, split, steps, run.seed)
+    seconds = train(model, losses, steps, run.rate, run.head)
     scores = (finetune.accuracy(model, data[name]) for name in ("validation", "test"))
     return Outcome(model, *scores, finetune.accuracy(model, kept), seconds)
 
@@ -189,7 +198,7 @@ def sort(run: Run, device: torch.device, steps: int) -> Outcome:
             *inputs, labels = glosses.batch([places[place] for place in at], device)
             yield F.cross_entropy(model(*inputs), labels)
 
-    seconds = train(model, losses(), steps, run.rate)
+    seconds = train(model, losses(), steps, run.rate, run.head)
     parts = range(1000), range(1000, tested)
     scores = (classified(model, glosses, part) for part in parts)
     return Outcome(model, *scores, retrieved(model), seconds)

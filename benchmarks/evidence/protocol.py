@@ -43,6 +43,7 @@ class Run:
     seed: int = 0
     shots: str = ""  # how many images or glosses of each class, or a share of all; all by default
     steps: int = 0  # instead of the task's own
+    head: float = 0.0  # the rate of a head that is trained, instead of the method's
 
 
 Table = dict[Run, Row]

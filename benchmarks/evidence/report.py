@@ -20,6 +20,7 @@ from pathlib import Path
 import bases
 import fits
 import forgetting
+import heads
 import landscape
 import longer
 import matplotlib as mpl
@@ -286,6 +287,28 @@ def shots_table(rows: Table) -> str:
     return markdown(head, lines)
 
 
+def heads_table(rows: Table) -> str:
+    """With a rate of the head's own, beside LoRA and beside one rate for all."""
+    lines = []
+    for task in heads.TASKS:
+        lora = found(rows, point(task, "lora", head=heads.HEAD))
+        for name in heads.NAMES:
+            own, one = (
+                found(rows, point(task, name, head=heads.HEAD)),
+                found(rows, point(task, name)),
+            )
+            if own and one:
+                lines.append(
+                    (
+                        *(TASKS[task].title, TITLES[name], f"{own.rate:g} ({one.rate:g})"),
+                        *(score(own), less(own, lora), less(own, one)),
+                        f"{own.mean('kept'):.3f} ({one.mean('kept'):.3f})",
+                    )
+                )
+    head = "task", "method", "rate (of all)", "test", "less LoRA", "less one rate for all"
+    return markdown((*head, "kept (one rate)"), lines)
+
+
 def at_each_rate(rows: Table, one: Run) -> dict[float, Found]:
     """What the reported seeds gave, for the rates at which all of them were run."""
     seeds, at_rate = TASKS[one.task].seeds, {}
@@ -337,6 +360,7 @@ TABLES: dict[str, Callable[[Table], str]] = {
     "seconds": seconds_table,
     "forgetting": forgetting_table,
     "shots": shots_table,
+    "heads": heads_table,
 }
 
 
