@@ -288,24 +288,20 @@ def shots_table(rows: Table) -> str:
 
 
 def heads_table(rows: Table) -> str:
-    """With a rate of the head's own, beside LoRA and beside one rate for all."""
+    """With a rate of the head's own, less LoRA, and less what one rate for all gives."""
     lines = []
     for task in heads.TASKS:
-        lora = found(rows, point(task, "lora", head=heads.HEAD))
-        for name in heads.NAMES:
-            own, one = (
-                found(rows, point(task, name, head=heads.HEAD)),
-                found(rows, point(task, name)),
-            )
-            if own and one:
+        owns = {name: found(rows, point(task, name, head=heads.HEAD)) for name in heads.NAMES}
+        for name, own in owns.items():
+            if own and (one := found(rows, point(task, name))):
                 lines.append(
                     (
                         *(TASKS[task].title, TITLES[name], f"{own.rate:g} ({one.rate:g})"),
-                        *(score(own), less(own, lora), less(own, one)),
+                        *(score(own), less(own, owns["lora"]), signed(own, one)),
                         f"{own.mean('kept'):.3f} ({one.mean('kept'):.3f})",
                     )
                 )
-    head = "task", "method", "rate (of all)", "test", "less LoRA", "less one rate for all"
+    head = "task", "method", "rate (one rate)", "test", "less LoRA", "less one rate"
     return markdown((*head, "kept (one rate)"), lines)
 
 
