@@ -12,8 +12,8 @@ from tests.support.benchmarks import imported
 with (
     imported("methods") as methods,
     imported("protocol") as protocol,
-    imported("common") as common,
     imported("runs") as runs,
+    imported("training") as training,
 ):
     pass
 
@@ -135,7 +135,7 @@ def test_a_head_has_a_rate_of_its_own_or_that_of_the_method(rate, head, moved):
     model.add_module("head", nn.Linear(3, 2))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-    common.train(model, (model(x).square().sum() for _ in range(3)), 3, rate, head)
+    training.train(model, (model(x).square().sum() for _ in range(3)), 3, rate, head)
     after = dict(model.named_parameters())
     assert {n.split(".")[0] for n in before if not torch.equal(before[n], after[n])} == moved
 

@@ -24,7 +24,6 @@ import copy
 import itertools
 import math
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from protocol import RATES, Found, Run, Table, interval
 from torch import Tensor, nn
+from training import train
 
 # isort: split
 import finetune  # from the folder above, which protocol puts on the path
@@ -68,29 +68,6 @@ class Outcome(NamedTuple):
     kept: float
     seconds: float  # of a step, the median
     curve: Sequence[Tensor] = ()
-
-
-def train(
-    model: nn.Module, losses: Iterable[Tensor], steps: int, rate: float, head: float = 0.0
-) -> float:
-    """Train, the head at a rate of its own if there is one; return the median seconds of a step."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    of_head, others = (
-        [p for name, p in named if name.startswith("head.") is where] for where in (True, False)
-    )
-    rates = (head or rate), rate
-    optimiser = torch.optim.AdamW(
-        [{"params": of_head}, {"params": others}], lr=rate, weight_decay=0.01
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rates, total_steps=steps)
-    ends = [time.perf_counter()]
-    for loss in losses:
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        ends.append(time.perf_counter())
-    return statistics.median(np.diff(ends))
 
 
 def few(labels: Tensor, shots: str, seed: int) -> Tensor:
