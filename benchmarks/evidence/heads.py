@@ -1,4 +1,4 @@
-"""A new head with a rate of its own: it learns best at ten times what the layers below can bear.
+"""A new head with a rate of its own, beside one rate for the head and the layers below.
 
 python benchmarks/evidence/heads.py [--tasks TASK ...] [--methods METHOD ...] [--jobs N] [--quick]
 """
