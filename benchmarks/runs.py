@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, fields, replace
@@ -47,7 +48,7 @@ def cut_last_line(path: Path) -> None:
     """Remove a last line without its end."""
     text = path.read_bytes() if path.exists() else b""
     if text and not text.endswith(b"\n"):
-        path.write_bytes(text[: text.rfind(b"\n") + 1])
+        os.truncate(path, text.rfind(b"\n") + 1)
 
 
 def perform_all(
@@ -62,7 +63,8 @@ def perform_all(
     """Add the rows that are lacking, ``jobs`` of them at a time, and return all rows.
 
     ``lacking`` is asked again after each run: what it wants may depend on the rows so far. A run
-    that fails does not stop the others; at the end the first error is raised.
+    that fails does not stop the others; at the end the first error is raised. Two processes may add
+    to one file if no run is wanted by both.
     """
     cut_last_line(path)
     columns = [*(f.name for f in fields(kind)), *measured]

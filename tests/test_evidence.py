@@ -140,6 +140,12 @@ def test_a_head_has_a_rate_of_its_own_or_that_of_the_method(rate, head, moved):
     assert {n.split(".")[0] for n in before if not torch.equal(before[n], after[n])} == moved
 
 
+def test_a_rate_for_a_head_that_is_not_there_is_refused():
+    model = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="found none"):
+        training.train(model, iter(()), 3, 0.1, head=0.1)
+
+
 def test_an_interval_is_students():
     """Of 1, 2, 3, 4, 5: mean 3, error √(2.5 / 5), quantile 2.776 for 4 degrees of freedom."""
     mean, half = protocol.interval([1.0, 2.0, 3.0, 4.0, 5.0])

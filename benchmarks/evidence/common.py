@@ -24,6 +24,8 @@ import copy
 import itertools
 import math
 import os
+import platform
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -450,17 +452,29 @@ def perform(run: Run, device: torch.device) -> dict[str, Any]:
         "kept": f"{kept:.4f}",
         "seconds": f"{seconds:.1f}",
         "curve": " ".join(f"{part.mean():.3f}" for part in parts if len(part)),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device": device_name(device),
     }
 
 
+def device_name(device: torch.device) -> str:
+    """The model of the GPU or of the processor: they round differently."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    known = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"^model name\s*: (.+)$", known, re.MULTILINE)
+    return model[1] if model else platform.processor() or platform.machine()
+
+
 def answer(
-    points: Iterable[Run], doc: str | None, rates: Sequence[float] = (), runs: Iterable[Run] = ()
+    points: Iterable[Run],
+    doc: str | None,
+    rates: Sequence[float] = (),
+    beside: Callable[[Table], Iterable[Run]] = lambda rows: (),
 ) -> None:
     """The command line of a question: run what the results lack, for all points.
 
-    With ``rates`` none is chosen: all of them are run on the seeds that are reported. ``runs`` come
-    beside the points.
+    With ``rates`` none is chosen: all of them are run on the seeds that are reported. ``beside``
+    gives, from the results, runs to make beside the points.
     """
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
@@ -473,10 +487,11 @@ def answer(
     )
     options = parser.parse_args()
     chosen = options.methods or methods.METHODS
-    points, runs = (
-        [one for one in ones if one.task in options.tasks and one.method in chosen]
-        for ones in (points, runs)
-    )
+
+    def asked(ones: Iterable[Run]) -> list[Run]:
+        return [one for one in ones if one.task in options.tasks and one.method in chosen]
+
+    points = asked(points)
     if not points:
         parser.error("no point of this question has such a task and method")
     settings: dict[str, Any] = {}
@@ -486,7 +501,7 @@ def answer(
         options.csv = Path(tempfile.mkdtemp()) / "quick.csv"
 
     def lacking(rows: Table) -> Iterator[Run]:
-        yield from () if options.quick else runs
+        yield from () if options.quick else asked(beside(rows))
         for one in points:
             seeds = TASKS[one.task].seeds[: 1 if options.quick else None]
             if rates:

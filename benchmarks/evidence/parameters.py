@@ -12,15 +12,15 @@ from common import TASKS, answer, before, every, point
 from protocol import Run
 
 COMPARED = ("lora", "isometric", "dense")
-EVERY = (*COMPARED, "full", "dora", "hira", "shira", "vera", "nola", "kradapter")
+EVERY = (*COMPARED, "full", "dora", "hira", "shira", "vera", "kradapter")
 METHODS = {
-    "digits": (*EVERY, "lora 1", "head"),
-    "fashion": (*EVERY, "lora 1", "head"),
+    "digits": (*EVERY, "nola", "lora 1", "head"),
+    "fashion": (*EVERY, "nola", "lora 1", "head"),
     "glosses": (*EVERY, "head", "prompt"),
-    "memory": (*EVERY, "lora 1", "prompt"),
-    "recall": EVERY,
+    "memory": (*EVERY, "nola", "lora 1", "prompt"),
+    "recall": (*COMPARED, "full"),
     "language": EVERY,
-    "words": EVERY,
+    "words": ("lora", "isometric", "full", "shira", "kradapter"),
 }
 # Ranks of LoRA beside the task's own, for which a rank of RandLoRA has as many numbers.
 BUDGETS = {
@@ -52,4 +52,4 @@ def points() -> Iterator[Run]:
 
 
 if __name__ == "__main__":
-    answer(points(), __doc__, runs=[run for task in METHODS for run in before(task)])
+    answer(points(), __doc__, beside=lambda rows: [run for task in METHODS for run in before(task)])

@@ -117,6 +117,9 @@ class Found:
     rate: float
     rows: dict[int, Row]
 
+    def runs(self) -> list[Run]:
+        return [replace(self.point, rate=self.rate, seed=seed) for seed in self.rows]
+
     def values(self, column: str = "test") -> dict[int, float]:
         return {seed: float(row[column]) for seed, row in self.rows.items()}
 

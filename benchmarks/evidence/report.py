@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import bases
+import devices
 import fits
 import forgetting
 import heads
@@ -32,13 +33,12 @@ import seconds
 import shots
 import variants
 from common import HERE, TASKS, before, found, point, read, results
-from protocol import Found, Run, Table, difference, interval, kept_at
+from protocol import PILOTS, Found, Run, Table, difference, interval, kept_at
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 README = HERE / "README.md"
-DEVICES = HERE / "devices.csv"  # rows of runs that results.csv has from another device
 TITLES = {name: method.title for name, method in methods.METHODS.items()}
 
 
@@ -169,12 +169,36 @@ def steps_table(rows: Table) -> str:
 
 def device_table(rows: Table) -> str:
     """Rows of ``results.csv`` from one device beside those of the same runs from another."""
-    pairs = [(row, rows[run]) for run, row in read(DEVICES, Run).items() if run in rows]
-    apart = [abs(float(one["validation"]) - float(other["validation"])) for one, other in pairs]
-    devices = " and ".join(row["device"] for row in pairs[0])
-    same, near = (sum(value <= most for value in apart) for most in (0, 0.011))
-    head = "devices", "runs on both", "the same score", "at most 0.011 apart", "most"
-    return markdown(head, [(devices, f"{len(apart)}", f"{same}", f"{near}", f"{max(apart):.3f}")])
+    again = {run: row for run, row in read(devices.DEVICES, Run).items() if run in rows}
+    pairs: dict[tuple[str, str, str], list[float]] = {}
+    for run, row in again.items():
+        score = "validation" if run.seed in PILOTS else "test"
+        apart = abs(float(row[score]) - float(rows[run][score]))
+        pairs.setdefault((run.task, rows[run]["device"], row["device"]), []).append(apart)
+    lines = []
+    for (task, *names), apart in pairs.items():
+        lora, ours = (found(rows, point(task, name)) for name in devices.NAMES)
+        other = [
+            replace(got, rows={run.seed: again.get(run) for run in got.runs()})
+            for got in (lora, ours)
+        ]
+        gained = [signed(ours, lora)]
+        if all(all(got.rows.values()) for got in other):
+            gained.append(signed(*reversed(other)))
+        same, mean, most = apart.count(0), statistics.fmean(apart), max(apart)
+        lines.append(
+            (
+                TASKS[task].title,
+                ", ".join(names),
+                f"{len(apart)}",
+                f"{same}",
+                f"{mean:.3f}",
+                f"{most:.3f}",
+                ", ".join(gained),
+            )
+        )
+    head = "task", "devices", "runs on both", "the same score", "mean apart", "most"
+    return markdown((*head, "isometric less LoRA on each"), lines)
 
 
 def fit_table() -> str:
@@ -290,19 +314,41 @@ def shots_table(rows: Table) -> str:
 def heads_table(rows: Table) -> str:
     """With a rate of the head's own, less LoRA, and less what one rate for all gives."""
     lines = []
-    for task in heads.TASKS:
-        owns = {name: found(rows, point(task, name, head=heads.HEAD)) for name in heads.NAMES}
+    for task, names in heads.NAMES.items():
+        owns = {name: found(rows, point(task, name, head=heads.HEAD)) for name in names}
         for name, own in owns.items():
             if own and (one := found(rows, point(task, name))):
                 lines.append(
                     (
                         *(TASKS[task].title, TITLES[name], f"{own.rate:g} ({one.rate:g})"),
-                        *(score(own), less(own, owns["lora"]), signed(own, one)),
-                        f"{own.mean('kept'):.3f} ({one.mean('kept'):.3f})",
+                        *(score(own), less(own, owns["lora"]), less(own, owns["isometric"])),
+                        *(signed(own, one), f"{own.mean('kept'):.3f}", signed(own, one, "kept")),
                     )
                 )
-    head = "task", "method", "rate (one rate)", "test", "less LoRA", "less one rate"
-    return markdown((*head, "kept (one rate)"), lines)
+    head = "task", "method", "rate (one rate)", "test", "less LoRA", "less isometric"
+    return markdown((*head, "less one rate", "kept", "kept, less one rate"), lines)
+
+
+def head_rates_table(rows: Table) -> str:
+    """The mean on validation of the seeds that choose, at several rates of the head."""
+    lines = []
+    for task in heads.NAMES:
+        for name in heads.VARIED:
+            one = found(rows, point(task, name))
+            own = found(rows, point(task, name, head=heads.HEAD))
+            if one and own:
+                at = [replace(own.point, rate=own.rate, head=head) for head in heads.HEADS]
+                at.insert(0, replace(one.point, rate=one.rate))
+                of_seeds = [[rows.get(replace(run, seed=seed)) for seed in PILOTS] for run in at]
+                cells = (
+                    f"{statistics.fmean(float(row['validation']) for row in pair):.3f}"
+                    if all(pair)
+                    else ""
+                    for pair in of_seeds
+                )
+                lines.append((TASKS[task].title, TITLES[name], f"{own.rate:g}", *cells))
+    head = "task", "method", "rate of the rest", "one rate", *(f"head {h:g}" for h in heads.HEADS)
+    return markdown(head, lines)
 
 
 def at_each_rate(rows: Table, one: Run) -> dict[float, Found]:
@@ -357,6 +403,7 @@ TABLES: dict[str, Callable[[Table], str]] = {
     "forgetting": forgetting_table,
     "shots": shots_table,
     "heads": heads_table,
+    "head rates": head_rates_table,
 }
 
 

@@ -19,6 +19,8 @@ def train(
     of_head, others = (
         [p for name, p in named if name.startswith("head.") is where] for where in (True, False)
     )
+    if head and not of_head:
+        raise ValueError("a rate for the head needs trained parameters named 'head.…', found none")
     rates = (head or rate), rate
     optimiser = torch.optim.AdamW(
         [{"params": of_head}, {"params": others}], lr=rate, weight_decay=0.01
