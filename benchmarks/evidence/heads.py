@@ -20,7 +20,7 @@ HEAD = 1e-2
 HEADS = 3e-3, HEAD, 3e-2, 1e-1
 VARIED = "lora", "isometric", "full"
 NAMES = {
-    "glosses": (*VARIED, "dense", "kradapter", "shira", "hira"),
+    "glosses": (*VARIED, "kradapter", "shira", "hira"),
     "fashion": VARIED,
     "digits": VARIED,
 }

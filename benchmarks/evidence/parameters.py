@@ -30,7 +30,7 @@ BUDGETS = {
     "memory": (4, 64),
     "recall": (4,),
     "language": (4,),
-    "words": (4,),
+    "words": (),
 }
 UNIFORM = ("digits", "fashion")  # where uniform bases are compared at these ranks too
 TRAINED_A = {"digits": 14, "fashion": 14, "memory": 16}  # it cannot have far fewer
