@@ -12,15 +12,15 @@ from common import TASKS, answer, before, every, point
 from protocol import Run
 
 COMPARED = ("lora", "isometric", "dense")
-EVERY = (*COMPARED, "full", "dora", "hira", "shira", "vera", "kradapter")
+EVERY = (*COMPARED, "full", "dora", "hira", "shira", "vera", "nola", "kradapter")
 METHODS = {
-    "digits": (*EVERY, "nola", "lora 1", "head"),
-    "fashion": (*EVERY, "nola", "lora 1", "head"),
+    "digits": (*EVERY, "lora 1", "head"),
+    "fashion": (*EVERY, "lora 1", "head"),
     "glosses": (*EVERY, "head", "prompt"),
-    "memory": (*EVERY, "nola", "lora 1", "prompt"),
-    "recall": (*COMPARED, "full"),
+    "memory": (*EVERY, "lora 1", "prompt"),
+    "recall": EVERY,
     "language": EVERY,
-    "words": ("lora", "isometric", "full", "shira", "kradapter"),
+    "words": EVERY,
 }
 # Ranks of LoRA beside the task's own, for which a rank of RandLoRA has as many numbers.
 BUDGETS = {
@@ -30,7 +30,7 @@ BUDGETS = {
     "memory": (4, 64),
     "recall": (4,),
     "language": (4,),
-    "words": (),
+    "words": (4,),
 }
 UNIFORM = ("digits", "fashion")  # where uniform bases are compared at these ranks too
 TRAINED_A = {"digits": 14, "fashion": 14, "memory": 16}  # it cannot have far fewer
