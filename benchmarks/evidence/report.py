@@ -177,14 +177,13 @@ def device_table(rows: Table) -> str:
         pairs.setdefault((run.task, rows[run]["device"], row["device"]), []).append(apart)
     lines = []
     for (task, *names), apart in pairs.items():
-        lora, ours = (found(rows, point(task, name)) for name in devices.NAMES)
-        other = [
-            replace(got, rows={run.seed: again.get(run) for run in got.runs()})
-            for got in (lora, ours)
+        both = [g for name in devices.NAMES if (g := found(rows, point(task, name)))]
+        other = [replace(g, rows={r.seed: again.get(r) for r in g.runs()}) for g in both]
+        gained = [
+            signed(ours, lora)
+            for lora, ours in (each for each in (both, other) if len(each) == 2)
+            if all((*lora.rows.values(), *ours.rows.values()))
         ]
-        gained = [signed(ours, lora)]
-        if all(all(got.rows.values()) for got in other):
-            gained.append(signed(*reversed(other)))
         same, mean, most = apart.count(0), statistics.fmean(apart), max(apart)
         lines.append(
             (
