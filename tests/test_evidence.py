@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from tests.support.benchmarks import imported
 
@@ -48,6 +49,22 @@ def test_a_method_trains_what_it_says_and_starts_at_the_model(name):
 
 
 SIZED = [n for n in NAMES if methods.METHODS[n].fixed is None]
+
+
+def test_layers_of_nola_share_their_matrices_under_autocast_too():
+    layers = [nn.Linear(12, 12, bias=False) for _ in range(2)]
+    for layer in layers:
+        update = methods.NoLA(layer.weight, 8, torch.Generator().manual_seed(0))
+        parametrize.register_parametrization(layer, "weight", update)
+    kept = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        for layer in layers:
+            layer(torch.ones(1, 12))
+    large = {t.untyped_storage().data_ptr(): t for t in kept if t.numel() == 8 * 12 * 16}
+    assert sorted(t.dtype == torch.bfloat16 for t in large.values()) == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -119,10 +119,10 @@ class Update(nn.Module, ABC):
 
 @lru_cache(maxsize=8)
 def shared_matrices(
-    seed: int, count: int, left: int, right: int, device: torch.device
+    seed: int, count: int, left: int, right: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
-    return draw(count, left).to(device), draw(count, right).to(device)
+    return draw(count, left).to(device, dtype), draw(count, right).to(device, dtype)
 
 
 class NoLA(Update):
@@ -141,7 +141,11 @@ class NoLA(Update):
         self.alpha, self.beta = nn.Parameter(alpha), nn.Parameter(torch.zeros(size))
 
     def delta(self) -> Tensor:
-        b, a = self.drawn(self.beta.device)
+        # Autocast would copy the matrices in each layer and keep the copies for backward.
+        device = self.beta.device
+        low = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if low else self.beta.dtype
+        b, a = self.drawn(device, dtype)
         return (self.beta @ b).view(self.q, -1) @ (self.alpha @ a).view(-1, self.p)
 
 
