@@ -14,8 +14,8 @@ splits the images, permutes the pixels and pre-trains anew, every method has the
 that is best in the mean of the seeds, and the table holds means; differences are taken seed by
 seed.
 
-Each run has one thread, and as many run at a time as there are cores: a second thread would save
-only a quarter of so small a step. The accuracies do not depend on the number of cores.
+Each run has one thread, and as many run at a time as torch has threads: a second thread would save
+only a quarter of so small a step. The accuracies do not depend on how many run at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gzip
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -65,7 +64,7 @@ class Split:
     labels: Tensor
 
 
-@lru_cache(maxsize=1)  # a process performs the runs of one seed after another
+@lru_cache(maxsize=1)  # the runs of one seed follow one another
 def load(seed: int, fashion: Path | None) -> dict[str, Split]:
     """3,400 images to train on, others to choose by and to test on, split at random.
 
@@ -359,27 +358,24 @@ def compare(seeds: list[argparse.Namespace], jobs: int) -> dict[str, list[list[R
     """
     found = methods(seeds[0].bases)
     rates = {k: (m.usual,) if seeds[0].quick else m.rates for k, m in found.items()}
-    tried = [(name, rate) for name in found for rate in rates[name]]
-    with (
-        ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool,
-        tqdm(desc="runs", total=len(seeds) * (1 + len(tried)), smoothing=0) as bar,
-    ):
-        starts = []
-        for options, start in zip(seeds, pool.map(pretrain, seeds), strict=True):
-            starts.append(start)
-            bar.update()
-            bar.write(f"seed {options.seed}: {start}")
+    total = len(seeds) * sum(map(len, rates.values()))
+    jobs = min(jobs, total)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        starts = list(tqdm(pool.map(pretrain, seeds), desc="pre-training", total=len(seeds)))
+        for options, start in zip(seeds, starts, strict=True):
+            print(f"seed {options.seed}: {start}", flush=True)
         runs = [
-            (options, start, found[name], rate)
+            (options, start, method, rate)
             for options, start in zip(seeds, starts, strict=True)
-            for name, rate in tried
+            for name, method in found.items()
+            for rate in rates[name]
         ]
-        results: dict[str, list[list[Result]]] = {name: [[] for _ in seeds] for name in found}
-        places = itertools.product(range(len(seeds)), [name for name, _ in tried])
-        performed = pool.map(adapt, *zip(*runs, strict=True))
-        for (seed, name), result in zip(places, performed, strict=True):
-            results[name][seed].append(result)
-            bar.update()
+        adapted = pool.map(adapt, *zip(*runs, strict=True))
+        in_order = iter(list(tqdm(adapted, desc="adapting", total=total, smoothing=0)))
+    results: dict[str, list[list[Result]]] = {name: [] for name in found}
+    for _ in seeds:
+        for name, of_method in results.items():
+            of_method.append([next(in_order) for _ in rates[name]])
     return results
 
 
@@ -488,7 +484,9 @@ def main() -> None:
         "--basis", choices=list(KINDS), nargs="+", default=["isometric"], dest="bases"
     )
     parser.add_argument(
-        "--jobs", type=int, help="runs at a time, a process each (default: as many as cores)"
+        "--jobs",
+        type=int,
+        help="runs at a time, a process each (default: torch's number of threads)",
     )
     parser.add_argument("--fashion", type=Path, help="a folder with Fashion-MNIST, to use instead")
     parser.add_argument("--out", type=Path, default=Path("finetune.png"), help="the picture")
