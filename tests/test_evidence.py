@@ -48,9 +48,6 @@ def test_a_method_trains_what_it_says_and_starts_at_the_model(name):
     assert any(p.grad.abs().max() > 0 for p in parameters)
 
 
-SIZED = [n for n in NAMES if methods.METHODS[n].fixed is None]
-
-
 def test_layers_of_nola_share_their_matrices_under_autocast_too():
     layers = [nn.Linear(12, 12, bias=False) for _ in range(2)]
     for layer in layers:
@@ -65,6 +62,9 @@ def test_layers_of_nola_share_their_matrices_under_autocast_too():
             layer(torch.ones(1, 12))
     large = {t.untyped_storage().data_ptr(): t for t in kept if t.numel() == 8 * 12 * 16}
     assert [t.dtype for t in large.values()] == [torch.bfloat16] * 2
+
+
+SIZED = [n for n in NAMES if methods.METHODS[n].fixed is None]
 
 
 @pytest.mark.parametrize(
